@@ -1,0 +1,1 @@
+//! The node agent of nodemesh, as a library: `main.rs` is a thin shell around it.

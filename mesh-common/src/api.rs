@@ -1,0 +1,14 @@
+//! The control plane's gRPC API, generated from `proto/nodemesh.proto`.
+#![allow(
+    missing_docs,
+    unreachable_pub,
+    clippy::allow_attributes_without_reason,
+    clippy::wildcard_enum_match_arm,
+    clippy::clone_on_ref_ptr,
+    clippy::let_underscore_must_use,
+    unused_qualifications,
+    clippy::allow_attributes,
+    reason = "generated code: the schema carries the documentation"
+)]
+
+tonic::include_proto!("nodemesh.v1");
