@@ -1,1 +1,4 @@
 //! The node agent of nodemesh, as a library: `main.rs` is a thin shell around it.
+
+pub mod config;
+pub mod policy;
