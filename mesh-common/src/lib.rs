@@ -1,13 +1,17 @@
 //! What more than one part of nodemesh must agree on.
 //!
 //! * [`abi`]: the types that the eBPF programs and the agent share through maps. `no_std`.
-//! * `api`, `spiffe`, `svid` (feature `user`): the control plane's gRPC API, the names of
-//!   workloads, and the certificates that prove them.
+//! * `api`, `spiffe`, `svid`, `join` (feature `user`): the control plane's gRPC API, the names of
+//!   workloads, the certificates that prove them, and the tokens that nodes join with.
 #![cfg_attr(not(feature = "user"), no_std)]
 
 pub mod abi;
 #[cfg(feature = "user")]
 pub mod api;
+#[cfg(feature = "user")]
+mod hex;
+#[cfg(feature = "user")]
+pub mod join;
 #[cfg(feature = "user")]
 pub mod spiffe;
 #[cfg(feature = "user")]
