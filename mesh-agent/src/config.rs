@@ -13,7 +13,7 @@ use std::{
 };
 
 use mesh_common::spiffe::{SpiffeError, check_segment};
-use serde::{Deserialize, Deserializer, de};
+use serde::{Deserialize, Deserializer, Serialize, de};
 use tracing_subscriber::EnvFilter;
 
 use crate::policy::{AddressRanges, Egress, PlaintextIngress, Policy};
@@ -256,7 +256,7 @@ pub struct Ingress {
 }
 
 /// What happens to a pod's UDP, which is not captured. Port 53 is always allowed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Udp {
     /// It passes, unencrypted.

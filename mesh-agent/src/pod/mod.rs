@@ -1,0 +1,3 @@
+//! The pods of this node: where the agent learns of them, and what it does in them.
+
+pub mod source;

@@ -1,0 +1,308 @@
+//! The task behind [`DirectorySource`](super::DirectorySource): one round per event, each of which
+//! compares everything that is there with everything that was reported.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    fs,
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use futures::{FutureExt as _, StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
+use notify::{
+    EventKind, Watcher as _,
+    event::{AccessKind, AccessMode},
+};
+use tokio::{
+    sync::{Notify, mpsc, watch},
+    time::MissedTickBehavior,
+};
+use tracing::warn;
+
+use super::{
+    super::{Ack, PodEvent, PodSpec},
+    Command, Problems, Reply, Request,
+    files::{self, FileState, Files, PodFile},
+    namespace::{self, MountTable},
+    plan::{self, Change, Pods},
+};
+use crate::config::Udp;
+
+/// When what failed is tried again.
+const RETRY: Duration = Duration::from_secs(2);
+
+/// The name in [`Problems`] of the directory itself.
+const DIRECTORY: &str = ".";
+
+/// Tells the answers to successive changes apart.
+type ChangeNumber = u64;
+
+pub(super) struct Actor {
+    directory: PathBuf,
+    default_udp: Udp,
+    problems: watch::Sender<Problems>,
+    events: mpsc::Sender<PodEvent>,
+    watcher: notify::RecommendedWatcher,
+    /// Something may have changed in the directory.
+    touched: Arc<Notify>,
+    mounts: MountTable,
+    files: Files,
+    /// What was reported as wanted, and not as unwanted since.
+    reported: Pods,
+    /// Why enrolments failed, by UID.
+    refused: BTreeMap<String, String>,
+    last_change: ChangeNumber,
+    /// The last change of each pod, until it is answered.
+    in_flight: HashMap<String, ChangeNumber>,
+    answers: FuturesUnordered<BoxFuture<'static, Answer>>,
+    waiting: HashMap<ChangeNumber, Vec<Waiting>>,
+}
+
+/// How a change ended.
+struct Answer {
+    uid: String,
+    change: ChangeNumber,
+    result: Result<(), String>,
+}
+
+/// A person who waits for a change.
+struct Waiting {
+    reply: Reply,
+    /// The file to remove if the change fails.
+    created: Option<PathBuf>,
+}
+
+impl Actor {
+    pub(super) fn new(
+        directory: PathBuf,
+        default_udp: Udp,
+        problems: watch::Sender<Problems>,
+        events: mpsc::Sender<PodEvent>,
+    ) -> anyhow::Result<Self> {
+        fs::create_dir_all(&directory)
+            .with_context(|| format!("cannot create pods_dir {}", directory.display()))?;
+        let touched = Arc::new(Notify::new());
+        let touch = Arc::clone(&touched);
+        let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+            // Our own reading is an event too.
+            if !event.is_ok_and(|event| is_reading(event.kind)) {
+                touch.notify_one();
+            }
+        })
+        .context("cannot watch pods_dir: inotify")?;
+        let mounts = MountTable::watch().context("cannot watch /proc/self/mountinfo")?;
+        Ok(Self {
+            directory,
+            default_udp,
+            problems,
+            events,
+            watcher,
+            touched,
+            mounts,
+            files: Files::new(),
+            reported: Pods::new(),
+            refused: BTreeMap::new(),
+            last_change: 0,
+            in_flight: HashMap::new(),
+            answers: FuturesUnordered::new(),
+            waiting: HashMap::new(),
+        })
+    }
+
+    pub(super) async fn run(mut self, mut commands: mpsc::Receiver<Command>) -> anyhow::Result<()> {
+        let nothing = BTreeSet::new();
+        self.round(&nothing).await;
+        self.send(PodEvent::Synced).await;
+        let mut retry = tokio::time::interval(RETRY);
+        retry.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            let failing = !self.problems.borrow().is_empty();
+            tokio::select! {
+                () = self.events.closed() => return Ok(()),
+                () = self.touched.notified() => self.round(&nothing).await,
+                changed = self.mounts.changed() => {
+                    changed.context("cannot watch /proc/self/mountinfo")?;
+                    self.round(&nothing).await;
+                }
+                Some((request, reply)) = commands.recv() => self.serve(request, reply).await,
+                Some(answer) = self.answers.next() => {
+                    self.take(answer);
+                    self.round(&nothing).await;
+                }
+                _ = retry.tick(), if failing => {
+                    let again = self.refused.keys().cloned().collect();
+                    self.round(&again).await;
+                }
+            }
+        }
+    }
+
+    /// Reads everything and reports what is different, and again the pods in `again`.
+    async fn round(&mut self, again: &BTreeSet<String>) {
+        let mut problems = Problems::new();
+        match self.read_files() {
+            Ok(now) => self.files = files::update(&self.files, now),
+            Err(error) => {
+                let error = format!("cannot read {}: {error}", self.directory.display());
+                problems.insert(DIRECTORY.to_owned(), error);
+            }
+        }
+        let mut wanted = Pods::new();
+        let mut declared = BTreeSet::new();
+        for (name, file) in &self.files {
+            let mut problem = file.problem.clone();
+            if let Some(spec) = &file.spec {
+                declared.insert(spec.uid.clone());
+                match namespace::mounted_at(&spec.netns) {
+                    Ok(namespace) => {
+                        let pod = plan::Pod { spec: spec.clone(), namespace };
+                        wanted.insert(spec.uid.clone(), pod);
+                    }
+                    Err(missing) => problem = problem.or(Some(missing)),
+                }
+                problem = problem.or_else(|| self.refused.get(&spec.uid).cloned());
+            }
+            problems.extend(problem.map(|problem| (name.clone(), problem)));
+        }
+        for change in plan::changes(&self.reported, &wanted, &declared, again) {
+            self.report(change).await;
+        }
+        self.publish(problems);
+    }
+
+    fn read_files(&mut self) -> anyhow::Result<BTreeMap<String, Result<PodSpec, String>>> {
+        // Each time: if the directory was replaced, the watch so far is of the old one.
+        self.watcher.watch(&self.directory, notify::RecursiveMode::NonRecursive)?;
+        Ok(files::read_all(&self.directory, self.default_udp)?)
+    }
+
+    fn publish(&self, problems: Problems) {
+        self.problems.send_if_modified(|before| {
+            for (file, problem) in &problems {
+                if before.get(file) != Some(problem) {
+                    warn!(file, "pod file: {problem}");
+                }
+            }
+            let changed = *before != problems;
+            *before = problems;
+            changed
+        });
+    }
+
+    async fn report(&mut self, change: Change) {
+        let (ack, answer) = Ack::new();
+        let (uid, event) = match change {
+            Change::Upsert(pod) => {
+                let spec = pod.spec.clone();
+                self.reported.insert(spec.uid.clone(), pod);
+                (spec.uid.clone(), PodEvent::Upsert(spec, ack))
+            }
+            Change::Remove(uid, cause) => {
+                self.reported.remove(&uid);
+                self.refused.remove(&uid);
+                (uid.clone(), PodEvent::Remove { uid, cause, ack })
+            }
+        };
+        self.last_change += 1;
+        let change = self.last_change;
+        self.in_flight.insert(uid.clone(), change);
+        self.send(event).await;
+        let answer = answer.map(move |result| Answer {
+            uid,
+            change,
+            result: result.unwrap_or_else(|_| Err("the agent is stopping".to_owned())),
+        });
+        self.answers.push(answer.boxed());
+    }
+
+    async fn send(&mut self, event: PodEvent) {
+        // Nobody receives: `run` ends at once.
+        drop(self.events.send(event).await);
+    }
+
+    fn take(&mut self, Answer { uid, change, result }: Answer) {
+        if self.in_flight.get(&uid) == Some(&change) {
+            self.in_flight.remove(&uid);
+            match &result {
+                Ok(()) => drop(self.refused.remove(&uid)),
+                Err(error) if self.reported.contains_key(&uid) => {
+                    self.refused.insert(uid, error.clone());
+                }
+                Err(error) => warn!(pod = uid, "un-enrolling failed: {error}"),
+            }
+        }
+        for Waiting { reply, created } in self.waiting.remove(&change).unwrap_or_default() {
+            if let (Some(path), Err(_)) = (&created, &result)
+                && let Err(error) = fs::remove_file(path)
+            {
+                warn!("cannot remove {}: {error}", path.display());
+            }
+            // Whoever waited may have gone.
+            drop(reply.send(result.clone()));
+        }
+    }
+
+    async fn serve(&mut self, request: Request, reply: Reply) {
+        let (uid, outcome) = match request {
+            Request::Enroll { uid, netns, udp } => {
+                (uid.clone(), self.add_file(PodFile { uid, netns, udp }))
+            }
+            Request::Unenroll { uid } => {
+                let removed = self.remove_file(&uid);
+                (uid, removed.map(|()| None))
+            }
+        };
+        let created = match outcome {
+            Ok(created) => created,
+            Err(error) => return drop(reply.send(Err(error))),
+        };
+        self.round(&BTreeSet::new()).await;
+        match (self.in_flight.get(&uid), self.refused.get(&uid)) {
+            (Some(change), _) => {
+                self.waiting.entry(*change).or_default().push(Waiting { reply, created });
+            }
+            (None, Some(refusal)) => drop(reply.send(Err(refusal.clone()))),
+            (None, None) => drop(reply.send(Ok(()))),
+        }
+    }
+
+    /// Writes a pod file. Returns its path if there was none before.
+    fn add_file(&self, file: PodFile) -> Result<Option<PathBuf>, String> {
+        let name = files::name_for(&file.uid);
+        let spec = file.check(self.default_udp)?;
+        namespace::mounted_at(&spec.netns)?;
+        match self.file_of(&spec.uid) {
+            Some(other) if other != name => Err(format!(
+                "the pod file {} declares {} already: change it there",
+                self.directory.join(other).display(),
+                spec.uid
+            )),
+            owner => {
+                let path = self.directory.join(&name);
+                files::write(&path, &file)
+                    .map_err(|error| format!("cannot write {}: {error}", path.display()))?;
+                Ok(owner.is_none().then_some(path))
+            }
+        }
+    }
+
+    fn remove_file(&self, uid: &str) -> Result<(), String> {
+        let Some(name) = self.file_of(uid) else {
+            return Err(format!("no file in {} declares {uid}", self.directory.display()));
+        };
+        let path = self.directory.join(name);
+        fs::remove_file(&path).map_err(|error| format!("cannot remove {}: {error}", path.display()))
+    }
+
+    /// The name of the file that declares a pod.
+    fn file_of(&self, uid: &str) -> Option<&str> {
+        let declares = |file: &FileState| file.spec.as_ref().is_some_and(|spec| spec.uid == uid);
+        self.files.iter().find(|(_, file)| declares(file)).map(|(name, _)| name.as_str())
+    }
+}
+
+fn is_reading(kind: EventKind) -> bool {
+    matches!(kind, EventKind::Access(access) if access != AccessKind::Close(AccessMode::Write))
+}

@@ -1,0 +1,3 @@
+//! System calls that no library offers safely: the only module with `unsafe` beside `bpf`.
+
+pub(crate) mod async_fd;
