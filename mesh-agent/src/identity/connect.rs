@@ -1,0 +1,159 @@
+//! A connection to the control plane: TCP, TLS, gRPC, in this order, each with its own error.
+
+use std::{fmt, future::Future, io, sync::Arc, time::Duration};
+
+use futures::future::BoxFuture;
+use hyper_util::rt::TokioIo;
+use mesh_common::api::control_plane_client::ControlPlaneClient;
+use rustls::{
+    ClientConfig,
+    pki_types::{CertificateDer, ServerName},
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpStream,
+    time::timeout,
+};
+use tokio_rustls::TlsConnector;
+use tonic::transport::{Channel, Endpoint};
+use tower::service_fn;
+
+/// The ALPN name of gRPC.
+pub(super) const ALPN: &[u8] = b"h2";
+
+/// How long one address may take, separately for TCP and for TLS.
+const STEP_WITHIN: Duration = Duration::from_secs(5);
+
+/// How often a quiet connection is probed, and how long the answer may take: a control plane that
+/// vanished without a word is noticed after the sum.
+const PROBE_EVERY: Duration = Duration::from_secs(10);
+const PROBE_WITHIN: Duration = Duration::from_secs(10);
+
+/// A snapshot of 200 000 pods has about half of it.
+const MAX_MESSAGE_BYTES: usize = 64 << 20;
+
+/// The control plane's API over one connection. Once that is lost every call fails.
+pub(super) type Client = ControlPlaneClient<Channel>;
+
+/// A byte stream to an address of the control plane.
+pub(super) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
+
+type Dialing = BoxFuture<'static, io::Result<Box<dyn Stream>>>;
+
+/// Opens byte streams to `host:port`. TCP, but for tests.
+#[derive(Clone)]
+pub(super) struct Dialer(Arc<dyn Fn(String) -> Dialing + Send + Sync>);
+
+impl Dialer {
+    /// Wraps a function.
+    pub(super) fn new<F, S>(dial: impl Fn(String) -> F + Send + Sync + 'static) -> Self
+    where
+        F: Future<Output = io::Result<S>> + Send + 'static,
+        S: Stream + 'static,
+    {
+        Self(Arc::new(move |address| {
+            let stream = dial(address);
+            Box::pin(async { Ok(Box::new(stream.await?) as Box<dyn Stream>) })
+        }))
+    }
+
+    /// Plain TCP.
+    pub(super) fn tcp() -> Self {
+        Self::new(|address| async {
+            let stream = TcpStream::connect(address).await?;
+            stream.set_nodelay(true)?;
+            Ok(stream)
+        })
+    }
+}
+
+impl fmt::Debug for Dialer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Dialer")
+    }
+}
+
+/// Why no address of the control plane can be used: for each one, in order, its reason.
+#[derive(Debug)]
+pub(super) struct ConnectError(Vec<(String, String)>);
+
+impl std::error::Error for ConnectError {}
+
+impl fmt::Display for ConnectError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the control plane cannot be used")?;
+        for (i, (endpoint, reason)) in self.0.iter().enumerate() {
+            write!(f, "{} {endpoint}: {reason}", if i == 0 { ":" } else { ";" })?;
+        }
+        Ok(())
+    }
+}
+
+/// A connection that stands, TLS included.
+pub(super) struct Connection {
+    pub(super) client: Client,
+    /// Which address answered.
+    pub(super) endpoint: String,
+    /// The chain that the control plane has shown, leaf first.
+    pub(super) server_chain: Vec<CertificateDer<'static>>,
+}
+
+/// Tries the addresses in turn.
+pub(super) async fn connect(
+    dialer: &Dialer,
+    endpoints: &[String],
+    tls: ClientConfig,
+) -> Result<Connection, ConnectError> {
+    let connector = TlsConnector::from(Arc::new(tls));
+    let mut failures = Vec::new();
+    for endpoint in endpoints {
+        match connect_one(dialer, endpoint, &connector).await {
+            Ok(connection) => return Ok(connection),
+            Err(reason) => failures.push((endpoint.clone(), reason)),
+        }
+    }
+    Err(ConnectError(failures))
+}
+
+async fn connect_one(
+    dialer: &Dialer,
+    endpoint: &str,
+    tls: &TlsConnector,
+) -> Result<Connection, String> {
+    let stream = timeout(STEP_WITHIN, (dialer.0)(endpoint.to_owned()))
+        .await
+        .map_err(|_| format!("no answer within {STEP_WITHIN:?}"))?
+        .map_err(|error| error.to_string())?;
+    // Neither sent nor compared: the certificate names the control plane, not a host.
+    let name = ServerName::try_from("control.nodemesh").expect("a valid host name");
+    let stream = timeout(STEP_WITHIN, tls.connect(name, stream))
+        .await
+        .map_err(|_| format!("no TLS handshake within {STEP_WITHIN:?}"))?
+        .map_err(|error| error.to_string())?;
+    let server_chain = stream.get_ref().1.peer_certificates().unwrap_or_default().to_vec();
+
+    let mut stream = Some(TokioIo::new(stream));
+    let channel = Endpoint::from_static("http://control.nodemesh")
+        .http2_keep_alive_interval(PROBE_EVERY)
+        .keep_alive_timeout(PROBE_WITHIN)
+        .keep_alive_while_idle(true)
+        .connect_with_connector(service_fn(move |_| {
+            // Reconnecting is for the task that owns the connection: it checks everything anew.
+            let stream = stream.take().ok_or("the connection to the control plane is lost");
+            std::future::ready(stream)
+        }))
+        .await
+        .map_err(|error| super::status::Chain(&error).to_string())?;
+    let client = Client::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
+    Ok(Connection { client, endpoint: endpoint.to_owned(), server_chain })
+}
+
+/// What the control plane answered, or why there is no answer, in words.
+pub(super) fn words(status: &tonic::Status) -> String {
+    match std::error::Error::source(status) {
+        Some(cause) => super::status::Chain(cause).to_string(),
+        None if status.message().is_empty() => status.code().description().to_owned(),
+        None => status.message().to_owned(),
+    }
+}
