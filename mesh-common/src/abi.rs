@@ -169,12 +169,46 @@ impl PodCounters {
 
 const _: () = assert!(size_of::<PodCounters>() == 8 * (REASONS * 5 + 1));
 
+/// What the programs tell the agent at once, through the ring buffer `EVENTS`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Event {
+    /// The pod's network namespace cookie, 0 if the event is of no pod.
+    pub cookie: u64,
+    /// [`EVENT_DROP`] or [`EVENT_SYSCTL`].
+    pub kind: u32,
+    /// The [`Layer`] of a drop, as its number.
+    pub layer: u32,
+    /// The [`Reason`] of a drop, as its number.
+    pub reason: u32,
+    /// No implicit padding.
+    pub reserved: u32,
+}
+
+const _: () = assert!(size_of::<Event>() == 24);
+
+/// [`Event::kind`]: something of a pod was dropped. At most one in some seconds for each pod.
+pub const EVENT_DROP: u32 = 1;
+
+/// [`Event::kind`]: somebody is about to write a setting that the capture rests on.
+pub const EVENT_SYSCTL: u32 = 2;
+
+impl Event {
+    /// Reads an event from the bytes of a ring buffer record.
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let word = |at| Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
+        let cookie = u64::from_ne_bytes(bytes.get(..8)?.try_into().ok()?);
+        let (kind, layer, reason) = (word(8)?, word(12)?, word(16)?);
+        Some(Self { cookie, kind, layer, reason, reserved: 0 })
+    }
+}
+
 #[cfg(feature = "aya")]
 mod pod {
     #![allow(unsafe_code, reason = "the marker trait by which aya copies map values is unsafe")]
 
     // SAFETY: `repr(C)`, integers and arrays of integers only, and no padding: see the assertion.
     unsafe impl aya::Pod for super::PodConfig {}
-    // SAFETY: `repr(C)`, integers only, and no padding: see the assertion.
+    // SAFETY: the same.
     unsafe impl aya::Pod for super::PodCounters {}
 }

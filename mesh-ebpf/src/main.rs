@@ -1,4 +1,173 @@
-//! The eBPF programs.
+//! The eBPF programs of nodemesh: a table of verdicts over the decisions in the other modules.
+//!
+//! Every path that is not a decision to allow refuses or drops. Node-wide programs find the pod by
+//! its network namespace cookie; the instances loaded for one pod know it from `POD_COOKIE`.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
+#![allow(unsafe_code, reason = "every helper call and context access in eBPF is unsafe")]
+#![cfg_attr(not(target_arch = "bpf"), allow(dead_code, reason = "the host builds only the tests"))]
+#![allow(
+    missing_docs,
+    unreachable_pub,
+    reason = "aya's macros wrap each program in a bare `pub fn`"
+)]
+
+mod capture;
+mod ctx;
+mod guard;
+mod log;
+mod maps;
+mod packet;
+
+use aya_ebpf::{
+    bindings::{
+        sk_action::{SK_DROP, SK_PASS},
+        tcx_action_base::{TCX_DROP, TCX_NEXT},
+    },
+    macros::{cgroup_skb, cgroup_sock_addr, cgroup_sysctl, classifier, sk_lookup},
+    programs::{SkBuffContext, SkLookupContext, SockAddrContext, SysctlContext, TcContext},
+};
+use mesh_common::abi::{Address, INBOUND_LISTENER, Layer, OUTBOUND_LISTENER, Reason};
+
+use crate::{
+    capture::{Connect, Steer},
+    guard::Link,
+};
+
+const CONNECT_ALLOWED: i32 = 1;
+const CONNECT_REFUSED: i32 = 0;
+const EGRESS_PASS: i32 = 1;
+const EGRESS_DROP: i32 = 0;
+const SYSCTL_ALLOWED: i32 = 1;
+
+/// Captures `connect()` over IPv4.
+#[cgroup_sock_addr(connect4)]
+pub fn connect4(ctx: SockAddrContext) -> i32 {
+    connect(&ctx, ctx::destination4(&ctx))
+}
+
+/// Captures `connect()` over IPv6, which includes IPv4 through IPv4-mapped addresses.
+#[cgroup_sock_addr(connect6)]
+pub fn connect6(ctx: SockAddrContext) -> i32 {
+    connect(&ctx, ctx::destination6(&ctx))
+}
+
+#[inline(always)]
+fn connect(ctx: &SockAddrContext, destination: Address) -> i32 {
+    let cookie = ctx::netns_cookie_of_connect(ctx);
+    let Some(pod) = maps::pod(cookie) else {
+        return CONNECT_ALLOWED;
+    };
+    match capture::connect(pod, &destination, ctx::connecting(ctx, pod)) {
+        Ok(Connect::Leave) => CONNECT_ALLOWED,
+        Ok(Connect::Capture) if ctx::mark_for_capture(ctx) => CONNECT_ALLOWED,
+        Ok(Connect::Capture) => {
+            log::drop(ctx, cookie, Layer::Connect, Reason::Unmarkable);
+            ctx::refuse_connection(CONNECT_REFUSED)
+        }
+        Err(reason) => {
+            log::drop(ctx, cookie, Layer::Connect, reason);
+            ctx::refuse_connection(CONNECT_REFUSED)
+        }
+    }
+}
+
+/// First guard: whatever sockets in an enrolled namespace send.
+#[cgroup_skb(egress)]
+pub fn egress(ctx: SkBuffContext) -> i32 {
+    let cookie = ctx::netns_cookie_of_packet(&ctx);
+    let Some(pod) = maps::pod(cookie) else {
+        return EGRESS_PASS;
+    };
+    match guard::cgroup(&ctx::CgroupPacket(&ctx), pod) {
+        Ok(()) => EGRESS_PASS,
+        Err(reason) => {
+            log::drop(&ctx, cookie, Layer::Cgroup, reason);
+            EGRESS_DROP
+        }
+    }
+}
+
+/// Second guard: whatever leaves by a device of the pod that carries Ethernet frames.
+#[classifier]
+pub fn device(ctx: TcContext) -> i32 {
+    device_guard(&ctx, Link::Ethernet)
+}
+
+/// Second guard, on a device without a link header, such as a tunnel.
+#[classifier]
+pub fn device_l3(ctx: TcContext) -> i32 {
+    device_guard(&ctx, Link::None)
+}
+
+#[inline(always)]
+fn device_guard(ctx: &TcContext, link: Link) -> i32 {
+    let cookie = maps::pod_cookie();
+    match guard::device(&ctx::DevicePacket(ctx), link, maps::pod(cookie)) {
+        Ok(()) => {
+            ctx::stamp(ctx, maps::guard_key());
+            TCX_NEXT
+        }
+        Err(reason) => {
+            log::drop(ctx, cookie, Layer::Device, reason);
+            TCX_DROP
+        }
+    }
+}
+
+/// Third guard: whatever arrives at the host side of the pod's device must have passed the second.
+#[classifier]
+pub fn peer(ctx: TcContext) -> i32 {
+    let cookie = maps::pod_cookie();
+    match guard::peer(ctx::take_stamp(&ctx), maps::guard_key()) {
+        Ok(()) => TCX_NEXT,
+        Err(reason) => {
+            log::drop(&ctx, cookie, Layer::Peer, reason);
+            TCX_DROP
+        }
+    }
+}
+
+/// Delivers the connections of one pod to the agent's listeners in it.
+#[sk_lookup]
+pub fn steer(ctx: SkLookupContext) -> u32 {
+    let cookie = maps::pod_cookie();
+    let listener = match capture::steer(maps::pod(cookie), &ctx::lookup(&ctx)) {
+        Ok(Steer::Leave) => return SK_PASS,
+        Ok(Steer::Outbound) => OUTBOUND_LISTENER,
+        Ok(Steer::Inbound) => INBOUND_LISTENER,
+        Err(reason) => {
+            log::drop(&ctx, cookie, Layer::Lookup, reason);
+            return SK_DROP;
+        }
+    };
+    match maps::assign(&ctx, listener) {
+        Ok(()) => SK_PASS,
+        Err(reason) => {
+            log::drop(&ctx, cookie, Layer::Lookup, reason);
+            SK_DROP
+        }
+    }
+}
+
+/// Tells the agent that a setting which the capture rests on may be about to change.
+#[cgroup_sysctl]
+pub fn sysctl(ctx: SysctlContext) -> i32 {
+    if ctx::writes_fwmark_setting(&ctx) {
+        log::sysctl_write(&ctx);
+    }
+    SYSCTL_ALLOWED
+}
+
+#[cfg(all(target_arch = "bpf", not(test)))]
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}
+
+#[cfg(target_arch = "bpf")]
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 4] = *b"GPL\0";
+
 #[cfg(not(target_arch = "bpf"))]
 fn main() {}

@@ -1,0 +1,262 @@
+//! Which connections go to the agent. Pure decisions.
+
+use mesh_common::abi::{Address, MAX_POD_ADDRESSES, PodConfig, Reason, V4_MAPPED_PREFIX};
+
+const LOOPBACK_IFINDEX: u32 = 1;
+
+const IPPROTO_TCP: u32 = 6;
+/// How the connect hooks see a multipath TCP socket, since 5.6.
+const IPPROTO_MPTCP: u32 = 262;
+
+/// What a connecting socket is, each fact asked for only when it matters.
+pub(crate) trait Connecting {
+    fn protocol(&self) -> u32;
+    /// Tagged as one of the agent's own.
+    fn is_agent(&self) -> bool;
+    fn bound_ifindex(&self) -> u32;
+    /// Whether the agent has its outbound listener open in the pod.
+    fn agent_listens(&self) -> bool;
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Connect {
+    /// Not the mesh's: the guards judge what is sent.
+    Leave,
+    /// To be marked, so that it is routed to the agent.
+    Capture,
+}
+
+/// What happens to a `connect()` of a socket in `pod`.
+#[inline(always)]
+pub(crate) fn connect<S: Connecting>(
+    pod: &PodConfig,
+    destination: &Address,
+    socket: S,
+) -> Result<Connect, Reason> {
+    if !matches!(socket.protocol(), IPPROTO_TCP | IPPROTO_MPTCP)
+        || is_local(pod, destination)
+        || socket.is_agent()
+    {
+        return Ok(Connect::Leave);
+    }
+    if socket.bound_ifindex() > LOOPBACK_IFINDEX {
+        return Err(Reason::BoundDevice);
+    }
+    if !socket.agent_listens() {
+        return Err(Reason::AgentGone);
+    }
+    Ok(Connect::Capture)
+}
+
+/// An incoming connection that looks for its listener.
+#[derive(Clone, Copy)]
+pub(crate) struct Lookup {
+    pub(crate) protocol: u32,
+    pub(crate) ingress_ifindex: u32,
+    /// Where it comes from.
+    pub(crate) remote: Address,
+    /// Where it wants to go.
+    pub(crate) local: Address,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Steer {
+    /// To whoever listens there.
+    Leave,
+    Outbound,
+    Inbound,
+}
+
+/// Who receives an incoming connection in `pod`.
+#[inline(always)]
+pub(crate) fn steer(pod: Option<&PodConfig>, lookup: &Lookup) -> Result<Steer, Reason> {
+    if lookup.protocol != IPPROTO_TCP || is_loopback(&lookup.local) {
+        return Ok(Steer::Leave);
+    }
+    let pod = pod.ok_or(Reason::Unconfigured)?;
+    if lookup.ingress_ifindex == LOOPBACK_IFINDEX {
+        // To the pod itself over loopback comes only the agent, for a client outside.
+        return Ok(if is_own(pod, &lookup.local) { Steer::Leave } else { Steer::Outbound });
+    }
+    // A pod that talks to its own address: the kernel names the device of that address, though
+    // the packet came by loopback. From outside it drops such sources (rp_filter or not).
+    if is_own(pod, &lookup.local) && is_own(pod, &lookup.remote) {
+        return Ok(Steer::Leave);
+    }
+    Ok(Steer::Inbound)
+}
+
+#[inline(always)]
+fn is_local(pod: &PodConfig, address: &Address) -> bool {
+    is_loopback(address) || is_unspecified(address) || is_own(pod, address)
+}
+
+#[inline(always)]
+fn is_own(pod: &PodConfig, address: &Address) -> bool {
+    for index in 0..MAX_POD_ADDRESSES {
+        if index as u32 >= pod.address_count {
+            return false;
+        }
+        if equal(&pod.addresses[index], address) {
+            return true;
+        }
+    }
+    false
+}
+
+#[inline(always)]
+fn is_loopback(address: &Address) -> bool {
+    if is_v4(address) { address[12] == 127 } else { word(address, 0) == 0 && tail(address) == 1 }
+}
+
+/// `connect()` to no address means the local host.
+#[inline(always)]
+fn is_unspecified(address: &Address) -> bool {
+    let v4 = is_v4(address) && tail(address) as u32 == 0;
+    v4 || (word(address, 0) == 0 && tail(address) == 0)
+}
+
+#[inline(always)]
+fn is_v4(address: &Address) -> bool {
+    let [.., a, b, c, d] = V4_MAPPED_PREFIX;
+    word(address, 0) == 0 && [address[8], address[9], address[10], address[11]] == [a, b, c, d]
+}
+
+#[inline(always)]
+fn equal(a: &Address, b: &Address) -> bool {
+    word(a, 0) == word(b, 0) && tail(a) == tail(b)
+}
+
+#[inline(always)]
+fn tail(address: &Address) -> u64 {
+    word(address, 8)
+}
+
+#[inline(always)]
+fn word(address: &Address, at: usize) -> u64 {
+    u64::from_be_bytes([
+        address[at],
+        address[at + 1],
+        address[at + 2],
+        address[at + 3],
+        address[at + 4],
+        address[at + 5],
+        address[at + 6],
+        address[at + 7],
+    ])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::IpAddr;
+
+    fn address(text: &str) -> Address {
+        match text.parse().unwrap() {
+            IpAddr::V4(v4) => v4.to_ipv6_mapped().octets(),
+            IpAddr::V6(v6) => v6.octets(),
+        }
+    }
+
+    fn pod() -> PodConfig {
+        let mut addresses = [[0; 16]; MAX_POD_ADDRESSES];
+        addresses[0] = address("10.1.0.2");
+        addresses[1] = address("fd00:1::2");
+        PodConfig { addresses, address_count: 2, flags: 0, listener_port: 1, reserved: 0 }
+    }
+
+    #[derive(Clone, Copy)]
+    struct Socket {
+        protocol: u32,
+        agent: bool,
+        bound: u32,
+        listens: bool,
+    }
+
+    const APPLICATION: Socket =
+        Socket { protocol: IPPROTO_TCP, agent: false, bound: 0, listens: true };
+
+    impl Connecting for Socket {
+        fn protocol(&self) -> u32 {
+            self.protocol
+        }
+
+        fn is_agent(&self) -> bool {
+            self.agent
+        }
+
+        fn bound_ifindex(&self) -> u32 {
+            self.bound
+        }
+
+        fn agent_listens(&self) -> bool {
+            self.listens
+        }
+    }
+
+    fn to(destination: &str, socket: Socket) -> Result<Connect, Reason> {
+        connect(&pod(), &address(destination), socket)
+    }
+
+    #[test]
+    fn tcp_and_mptcp_to_others_are_captured() {
+        for destination in ["10.1.0.3", "8.8.8.8", "fd00:1::3", "::2", "fe80::1"] {
+            assert_eq!(to(destination, APPLICATION), Ok(Connect::Capture), "{destination}");
+            let mptcp = Socket { protocol: IPPROTO_MPTCP, ..APPLICATION };
+            assert_eq!(to(destination, mptcp), Ok(Connect::Capture), "{destination}");
+        }
+    }
+
+    #[test]
+    fn local_destinations_are_left_alone() {
+        for destination in
+            ["127.0.0.1", "127.9.9.9", "::1", "0.0.0.0", "::", "10.1.0.2", "fd00:1::2"]
+        {
+            let dead = Socket { listens: false, bound: 7, ..APPLICATION };
+            assert_eq!(to(destination, dead), Ok(Connect::Leave), "{destination}");
+        }
+    }
+
+    #[test]
+    fn the_agent_and_other_protocols_are_left_alone() {
+        assert_eq!(to("10.1.0.3", Socket { agent: true, ..APPLICATION }), Ok(Connect::Leave));
+        assert_eq!(to("10.1.0.3", Socket { protocol: 17, ..APPLICATION }), Ok(Connect::Leave));
+    }
+
+    #[test]
+    fn what_would_pass_the_agent_by_is_refused() {
+        let bound = Socket { bound: 2, ..APPLICATION };
+        assert_eq!(to("10.1.0.3", bound), Err(Reason::BoundDevice));
+        assert_eq!(to("10.1.0.3", Socket { bound: 1, ..APPLICATION }), Ok(Connect::Capture));
+        let dead = Socket { listens: false, ..APPLICATION };
+        assert_eq!(to("10.1.0.3", dead), Err(Reason::AgentGone));
+    }
+
+    fn arrives(ifindex: u32, remote: &str, local: &str) -> Result<Steer, Reason> {
+        let (remote, local) = (address(remote), address(local));
+        let lookup = Lookup { protocol: IPPROTO_TCP, ingress_ifindex: ifindex, remote, local };
+        steer(Some(&pod()), &lookup)
+    }
+
+    #[test]
+    fn connections_find_the_agent_s_listeners() {
+        assert_eq!(arrives(1, "10.1.0.2", "10.1.0.3"), Ok(Steer::Outbound));
+        assert_eq!(arrives(1, "fd00:1::2", "fd00:1::3"), Ok(Steer::Outbound));
+        assert_eq!(arrives(2, "10.1.0.3", "10.1.0.2"), Ok(Steer::Inbound));
+        assert_eq!(arrives(2, "fd00:1::3", "fd00:1::2"), Ok(Steer::Inbound));
+    }
+
+    #[test]
+    fn what_is_local_finds_its_own_listener() {
+        assert_eq!(arrives(1, "127.0.0.1", "127.0.0.1"), Ok(Steer::Leave));
+        assert_eq!(arrives(1, "10.9.9.9", "10.1.0.2"), Ok(Steer::Leave), "the agent's dial");
+        assert_eq!(arrives(2, "10.1.0.2", "10.1.0.2"), Ok(Steer::Leave), "own address");
+    }
+
+    #[test]
+    fn without_a_configuration_everything_is_dropped() {
+        let (remote, local) = (address("10.1.0.3"), address("10.1.0.2"));
+        let lookup = Lookup { protocol: IPPROTO_TCP, ingress_ifindex: 2, remote, local };
+        assert_eq!(steer(None, &lookup), Err(Reason::Unconfigured));
+    }
+}

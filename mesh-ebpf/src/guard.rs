@@ -1,0 +1,233 @@
+//! What may leave a pod. Pure decisions: an application's socket never has a reason to put TCP on
+//! anything but loopback, so TCP that is not the agent's own is plaintext on its way out.
+
+use mesh_common::abi::{POD_DENIES_UDP, PodConfig, Reason};
+
+use crate::packet::{Bytes, Malformed, RST, Transport, transport};
+
+const DNS: u16 = 53;
+const LOOPBACK_IFINDEX: u32 = 1;
+
+const ETHERNET_HEADER: u32 = 14;
+const ETHERTYPE_OFFSET: u32 = 12;
+const ETHERTYPE_IPV4: u16 = 0x0800;
+const ETHERTYPE_ARP: u16 = 0x0806;
+const ETHERTYPE_IPV6: u16 = 0x86dd;
+
+/// Whose socket a packet belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Sender {
+    /// Tagged by the agent.
+    Agent,
+    /// A request or TIME_WAIT socket, or the control socket of the kernel's own replies.
+    Kernel,
+    /// Any other socket, or none: forwarded, or made by packet sockets.
+    Other,
+}
+
+/// A packet on its way out of a pod.
+pub(crate) trait Outgoing: Bytes {
+    /// Whose it is.
+    fn sender(&self) -> Sender;
+    /// The index of the device it leaves by, as the pod counts.
+    fn ifindex(&self) -> u32;
+    /// Whether a VLAN tag is carried beside the bytes.
+    fn vlan_tagged(&self) -> bool;
+}
+
+/// How a device frames packets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Link {
+    /// With an Ethernet header.
+    Ethernet,
+    /// Not at all.
+    None,
+}
+
+/// The first guard: packets of sockets, from the network header on.
+#[inline(always)]
+pub(crate) fn cgroup<P: Outgoing>(packet: &P, pod: &PodConfig) -> Result<(), Reason> {
+    if packet.ifindex() == LOOPBACK_IFINDEX || packet.sender() == Sender::Agent {
+        return Ok(());
+    }
+    judge(transport(packet, 0), packet.sender(), pod)
+}
+
+/// The second guard: frames on a device of the pod.
+#[inline(always)]
+pub(crate) fn device<P: Outgoing>(
+    packet: &P,
+    link: Link,
+    pod: Option<&PodConfig>,
+) -> Result<(), Reason> {
+    let pod = pod.ok_or(Reason::Unconfigured)?;
+    if packet.sender() == Sender::Agent {
+        return Ok(());
+    }
+    if packet.vlan_tagged() {
+        return Err(Reason::EtherType);
+    }
+    let offset = match link {
+        Link::None => 0,
+        Link::Ethernet => {
+            // The frame's own bytes: a packet socket sets the skb's protocol field at will.
+            let ethertype = packet.load(ETHERTYPE_OFFSET).ok_or(Reason::Malformed)?;
+            match u16::from_be_bytes(ethertype) {
+                ETHERTYPE_ARP => return Ok(()),
+                ETHERTYPE_IPV4 | ETHERTYPE_IPV6 => ETHERNET_HEADER,
+                _ => return Err(Reason::EtherType),
+            }
+        }
+    };
+    judge(transport(packet, offset), packet.sender(), pod)
+}
+
+/// The third guard: the stamp of the second, which no pod can forge or learn.
+#[inline(always)]
+pub(crate) fn peer(stamp: u32, key: Option<u32>) -> Result<(), Reason> {
+    if key == Some(stamp) { Ok(()) } else { Err(Reason::Bypass) }
+}
+
+#[inline(always)]
+fn judge(
+    transport: Result<Transport, Malformed>,
+    sender: Sender,
+    pod: &PodConfig,
+) -> Result<(), Reason> {
+    match transport {
+        Err(Malformed) => Err(Reason::Malformed),
+        // SYN-ACKs and TIME_WAIT's ACKs carry nothing; without them a peer would hang.
+        Ok(Transport::Tcp { payload: 0, .. }) if sender == Sender::Kernel => Ok(()),
+        Ok(Transport::Tcp { payload: 0, flags }) if flags & RST != 0 => Ok(()),
+        Ok(Transport::Tcp { .. } | Transport::TcpFragment) => Err(Reason::Plaintext),
+        Ok(Transport::Udp { .. }) if pod.flags & POD_DENIES_UDP == 0 => Ok(()),
+        Ok(Transport::Udp { port: Some(DNS) }) => Ok(()),
+        Ok(Transport::Udp { .. }) => Err(Reason::Udp),
+        Ok(Transport::Control) => Ok(()),
+        Ok(Transport::Other) => Err(Reason::Protocol),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::packet::tests::{tcp, v4, v6};
+    use mesh_common::abi::MAX_POD_ADDRESSES;
+
+    struct Frame {
+        bytes: Vec<u8>,
+        sender: Sender,
+        vlan: bool,
+    }
+
+    impl Bytes for Frame {
+        fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+            self.bytes.load(offset)
+        }
+
+        fn len(&self) -> u32 {
+            Bytes::len(&self.bytes)
+        }
+    }
+
+    impl Outgoing for Frame {
+        fn sender(&self) -> Sender {
+            self.sender
+        }
+
+        fn ifindex(&self) -> u32 {
+            2
+        }
+
+        fn vlan_tagged(&self) -> bool {
+            self.vlan
+        }
+    }
+
+    fn pod(flags: u32) -> PodConfig {
+        PodConfig {
+            addresses: [[0; 16]; MAX_POD_ADDRESSES],
+            address_count: 0,
+            flags,
+            listener_port: 0,
+            reserved: 0,
+        }
+    }
+
+    fn ethernet(ethertype: u16, packet: &[u8], sender: Sender) -> Frame {
+        let mut bytes = vec![0; 12];
+        bytes.extend(ethertype.to_be_bytes());
+        bytes.extend(packet);
+        Frame { bytes, sender, vlan: false }
+    }
+
+    fn verdict(ethertype: u16, packet: &[u8], sender: Sender) -> Result<(), Reason> {
+        device(&ethernet(ethertype, packet, sender), Link::Ethernet, Some(&pod(0)))
+    }
+
+    #[test]
+    fn only_the_agent_sends_tcp() {
+        for (ethertype, packet) in
+            [(ETHERTYPE_IPV4, v4(6, 0, &tcp(1, 0))), (ETHERTYPE_IPV6, v6(6, &tcp(1, 0)))]
+        {
+            assert_eq!(verdict(ethertype, &packet, Sender::Agent), Ok(()));
+            for sender in [Sender::Kernel, Sender::Other] {
+                assert_eq!(verdict(ethertype, &packet, sender), Err(Reason::Plaintext));
+            }
+        }
+    }
+
+    #[test]
+    fn empty_segments_pass_where_the_kernel_needs_them() {
+        let syn = v4(6, 0, &tcp(0, 0x02));
+        let rst = v4(6, 0, &tcp(0, RST));
+        assert_eq!(verdict(ETHERTYPE_IPV4, &syn, Sender::Other), Err(Reason::Plaintext));
+        assert_eq!(verdict(ETHERTYPE_IPV4, &syn, Sender::Kernel), Ok(()));
+        assert_eq!(verdict(ETHERTYPE_IPV4, &rst, Sender::Other), Ok(()));
+        let rst_with_data = v4(6, 0, &tcp(1, RST));
+        assert_eq!(verdict(ETHERTYPE_IPV4, &rst_with_data, Sender::Other), Err(Reason::Plaintext));
+    }
+
+    #[test]
+    fn trailing_bytes_count_as_payload() {
+        let mut rst = v4(6, 0, &tcp(0, RST));
+        rst.push(b'x');
+        assert_eq!(verdict(ETHERTYPE_IPV4, &rst, Sender::Other), Err(Reason::Plaintext));
+    }
+
+    #[test]
+    fn only_arp_and_ip_frames_pass() {
+        assert_eq!(verdict(ETHERTYPE_ARP, &[], Sender::Other), Ok(()));
+        for ethertype in [0x8100, 0x88a8, 0x88b5, 0x0003] {
+            let frame = v4(6, 0, &tcp(1, 0));
+            assert_eq!(verdict(ethertype, &frame, Sender::Other), Err(Reason::EtherType));
+        }
+        let mut tagged = ethernet(ETHERTYPE_ARP, &[], Sender::Other);
+        tagged.vlan = true;
+        assert_eq!(device(&tagged, Link::Ethernet, Some(&pod(0))), Err(Reason::EtherType));
+    }
+
+    #[test]
+    fn unknown_transports_and_pods_are_dropped() {
+        assert_eq!(verdict(ETHERTYPE_IPV4, &v4(132, 0, &[]), Sender::Other), Err(Reason::Protocol));
+        let frame = ethernet(ETHERTYPE_ARP, &[], Sender::Agent);
+        assert_eq!(device(&frame, Link::Ethernet, None), Err(Reason::Unconfigured));
+    }
+
+    #[test]
+    fn udp_follows_the_pod_s_setting_and_dns_is_exempt() {
+        let datagram = |port: u8| v4(17, 0, &[0, 0, 0, port, 0, 8, 0, 0]);
+        let frame = |port| ethernet(ETHERTYPE_IPV4, &datagram(port), Sender::Other);
+        assert_eq!(device(&frame(9), Link::Ethernet, Some(&pod(0))), Ok(()));
+        let denies = pod(POD_DENIES_UDP);
+        assert_eq!(device(&frame(9), Link::Ethernet, Some(&denies)), Err(Reason::Udp));
+        assert_eq!(device(&frame(53), Link::Ethernet, Some(&denies)), Ok(()));
+    }
+
+    #[test]
+    fn the_peer_wants_the_very_stamp() {
+        assert_eq!(peer(7, Some(7)), Ok(()));
+        assert_eq!(peer(8, Some(7)), Err(Reason::Bypass));
+        assert_eq!(peer(0, None), Err(Reason::Bypass));
+    }
+}

@@ -1,0 +1,138 @@
+//! Every map of the programs, and the little that reads or writes them.
+//!
+//! All but `LISTENERS` exist once per node; the agent pins them by name.
+
+use core::{ffi::c_void, ptr};
+
+use aya_ebpf::{
+    Global,
+    bindings::{BPF_F_CLONE, BPF_F_NO_PREALLOC, bpf_map_type::BPF_MAP_TYPE_SK_STORAGE, bpf_sock},
+    helpers::{bpf_ktime_get_ns, bpf_sk_storage_get},
+    macros::{btf_map, map},
+    maps::{Array, HashMap, PerCpuHashMap, RingBuf, SockMap},
+    programs::SkLookupContext,
+};
+use mesh_common::abi::{Event, Layer, MAX_PODS, PodConfig, PodCounters, REASONS, Reason};
+
+/// A drop of a pod is told at most once in this many nanoseconds on each CPU.
+const LOG_INTERVAL: u64 = 10_000_000_000;
+
+/// Enrolled pods by network namespace cookie.
+#[map]
+static PODS: HashMap<u64, PodConfig> = HashMap::with_max_entries(MAX_PODS, 0);
+
+/// What was dropped, by the same key. The agent makes the entry, so that counting never allocates.
+#[map]
+static COUNTERS: PerCpuHashMap<u64, PodCounters> =
+    PerCpuHashMap::with_max_entries(MAX_PODS, BPF_F_NO_PREALLOC);
+
+/// The value that the second guard writes into a packet's hash and the third looks for. Random,
+/// made by the agent that first loads the programs.
+#[map]
+static GUARD_KEY: Array<u32> = Array::with_max_entries(1, 0);
+
+/// What the agent should know at once.
+#[map]
+static EVENTS: RingBuf = RingBuf::with_byte_size(1 << 16, 0);
+
+/// The listeners of one pod, by `OUTBOUND_LISTENER` and `INBOUND_LISTENER`.
+#[map]
+static LISTENERS: SockMap = SockMap::with_max_entries(2, 0);
+
+/// The tag on the agent's own sockets, which accepted ones inherit. By file descriptor only, so no
+/// process in a pod can set it. Socket storage for TCP since 5.2, cloning since 5.4.
+#[btf_map]
+static AGENT_SOCKETS: SocketTags = SocketTags::new();
+
+/// `aya_ebpf::btf_maps::SkStorage` has no `BPF_F_CLONE`.
+#[repr(C)]
+struct SocketTags {
+    r#type: *const [i32; BPF_MAP_TYPE_SK_STORAGE as usize],
+    key: *const i32,
+    value: *const u32,
+    max_entries: *const [i32; 0],
+    map_flags: *const [i32; (BPF_F_NO_PREALLOC | BPF_F_CLONE) as usize],
+}
+
+// SAFETY: the loader replaces the definition by a map; nothing here is ever dereferenced.
+unsafe impl Sync for SocketTags {}
+
+impl SocketTags {
+    const fn new() -> Self {
+        Self {
+            r#type: ptr::null(),
+            key: ptr::null(),
+            value: ptr::null(),
+            max_entries: ptr::null(),
+            map_flags: ptr::null(),
+        }
+    }
+}
+
+/// The pod that this instance of the program serves, by network namespace cookie.
+#[unsafe(no_mangle)]
+static POD_COOKIE: Global<u64> = Global::new(0);
+
+#[inline(always)]
+pub(crate) fn pod_cookie() -> u64 {
+    POD_COOKIE.load()
+}
+
+#[inline(always)]
+pub(crate) fn pod(cookie: u64) -> Option<&'static PodConfig> {
+    // SAFETY: an element that the agent deletes meanwhile stays readable until the program ends
+    // (RCU); at worst it is read as half of the old and half of the new configuration.
+    unsafe { PODS.get(cookie) }
+}
+
+/// The key of the guards, none before the agent made it.
+#[inline(always)]
+pub(crate) fn guard_key() -> Option<u32> {
+    GUARD_KEY.get(0).copied().filter(|key| *key != 0)
+}
+
+#[inline(always)]
+pub(crate) fn assign(ctx: &SkLookupContext, listener: u32) -> Result<(), Reason> {
+    LISTENERS.redirect_sk_lookup(ctx, listener, 0).map_err(|_| Reason::AgentGone)
+}
+
+/// Whether a full socket carries the agent's tag.
+///
+/// # Safety
+///
+/// `sk` must be a socket pointer that the verifier accepts, and not null.
+#[inline(always)]
+pub(crate) unsafe fn is_agent(sk: *mut bpf_sock) -> bool {
+    let map = ptr::from_ref(&AGENT_SOCKETS).cast_mut().cast::<c_void>();
+    // SAFETY: the map is a socket storage and `sk` a socket, as required of the caller.
+    let tag = unsafe { bpf_sk_storage_get(map, sk.cast(), ptr::null_mut(), 0) };
+    !tag.is_null()
+}
+
+/// Counts a drop; true if it is this pod's turn to be told of.
+#[inline(always)]
+pub(crate) fn count(cookie: u64, layer: Layer, reason: Reason) -> bool {
+    let Some(counters) = COUNTERS.get_ptr_mut(cookie) else {
+        return false;
+    };
+    // SAFETY: a map value, alive until the program ends, and this CPU's own.
+    let counters = unsafe { &mut *counters };
+    if let Some(drops) = counters.drops.get_mut(layer as usize)
+        && let Some(drops) = drops.get_mut(reason as usize)
+    {
+        *drops += 1;
+    }
+    // SAFETY: no argument.
+    let now = unsafe { bpf_ktime_get_ns() };
+    let due = now.wrapping_sub(counters.last_logged) >= LOG_INTERVAL;
+    if due {
+        counters.last_logged = now;
+    }
+    due
+}
+
+/// Tells the agent. A full buffer means that it is behind, and counters lose nothing.
+#[inline(always)]
+pub(crate) fn tell(event: &Event) {
+    let _dropped_if_full = EVENTS.output::<Event>(event, 0);
+}
