@@ -1,0 +1,3 @@
+//! The laboratory that the tests and the demo of nodemesh run in.
+
+pub mod lab;
