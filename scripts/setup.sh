@@ -10,13 +10,13 @@
 #   1. rustup can fetch rust-src, for the active toolchain or for a nightly (a stable one builds
 #      `core` with RUSTC_BOOTSTRAP=1), and LLVM of the same version is packaged;
 #   2. otherwise: Debian's rustc-web with its sources (rust-web-src).
-# The choice is written to target/ebpf-toolchain.env, which mesh-agent/build.rs reads.
+# The choice is written to target/ebpf-toolchain.env, which mesh-agent/build.rs and `cargo xtask
+# lint` read. It is made again when the rustc it names is gone or has another LLVM than it had.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 what=${1:-all}
 env_file=target/ebpf-toolchain.env
-linker_root=target/bpf-linker
 mkdir -p target
 
 say() { printf 'setup: %s\n' "$*" >&2; }
@@ -76,17 +76,24 @@ choose_rustc() {
         done
     fi
     say "rustup offers no usable rust-src: taking Debian's rustc-web"
-    apt_install rustc-web rust-web-src >&2
+    apt_install rustc-web rust-web-src rust-web-clippy >&2
     echo /usr/bin/rustc
 }
 
+# Whether the choice made before still stands.
+toolchain_is_usable() {
+    [ -f "$env_file" ] || return
+    local NODEMESH_EBPF_RUSTC='' NODEMESH_EBPF_LLVM='' NODEMESH_BPF_LINKER=''
+    # shellcheck disable=SC1090
+    . "./$env_file"
+    [ -x "$NODEMESH_EBPF_RUSTC" ] && [ -x "$NODEMESH_BPF_LINKER" ] &&
+        [ "$(llvm_of "$NODEMESH_EBPF_RUSTC")" = "$NODEMESH_EBPF_LLVM" ] &&
+        has_core_source "$NODEMESH_EBPF_RUSTC"
+}
+
 ebpf_toolchain() {
-    if [ -f "$env_file" ]; then
-        # shellcheck disable=SC1090
-        . "./$env_file"
-        [ -x "$NODEMESH_EBPF_RUSTC" ] && [ -x "$NODEMESH_BPF_LINKER" ] && return
-    fi
-    local rustc llvm packages
+    if toolchain_is_usable; then return; fi
+    local rustc llvm packages linker_root
     apt_update
     apt_install build-essential pkg-config ca-certificates
     rustc=$(choose_rustc)
@@ -94,13 +101,14 @@ ebpf_toolchain() {
     [ -n "$llvm" ] || die "cannot tell the LLVM version of $rustc"
     packages=("llvm-$llvm-dev" "libpolly-$llvm-dev" zlib1g-dev libzstd-dev libxml2-dev)
     apt_install "${packages[@]}"
+    linker_root=$PWD/target/bpf-linker/llvm-$llvm
     if [ ! -x "$linker_root/bin/bpf-linker" ]; then
         say "building bpf-linker for LLVM $llvm"
         LLVM_PREFIX="/usr/lib/llvm-$llvm" cargo install bpf-linker --locked --quiet \
             --no-default-features --features "llvm-$llvm" --root "$linker_root"
     fi
-    printf 'NODEMESH_EBPF_RUSTC=%s\nNODEMESH_BPF_LINKER=%s\n' \
-        "$rustc" "$PWD/$linker_root/bin/bpf-linker" >"$env_file"
+    printf '%s=%s\n' NODEMESH_EBPF_RUSTC "$rustc" NODEMESH_EBPF_LLVM "$llvm" \
+        NODEMESH_BPF_LINKER "$linker_root/bin/bpf-linker" >"$env_file"
     say "eBPF toolchain: $rustc with LLVM $llvm"
 }
 
@@ -108,7 +116,9 @@ case $what in
 build) ebpf_toolchain ;;
 all)
     ebpf_toolchain
-    apt_install iproute2 nftables tcpdump curl nginx-light ethtool
+    # The web server is apache2-bin: the program alone, while `apache2`, like every package of
+    # nginx, would start a service on this machine.
+    apt_install apache2-bin curl iproute2 nftables
     ;;
 *) die "usage: scripts/setup.sh [build|all]" ;;
 esac

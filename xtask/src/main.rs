@@ -1,2 +1,54 @@
-//! Developer commands.
-fn main() {}
+//! Developer commands: `cargo xtask build | test | lint | demo`.
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+mod commands;
+
+#[derive(Parser)]
+#[command(about = "Builds, tests and demonstrates nodemesh", arg_required_else_help = true)]
+struct Arguments {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Build the agent, with its eBPF programs, and the control plane.
+    Build {
+        /// Build what is to be deployed, not what the laboratory uses.
+        #[arg(long)]
+        release: bool,
+    },
+    /// Run every test: unit tests, then the laboratory's with the real binaries. Needs root.
+    Test {
+        /// Run only laboratory tests, those whose name contains this.
+        #[arg(long, value_name = "NAME", num_args = 0..=1, default_missing_value = "")]
+        lab: Option<String>,
+        /// How many laboratories there are at a time.
+        #[arg(long, default_value_t = 2)]
+        threads: u8,
+    },
+    /// Check formatting, and run clippy over the host crates and the eBPF programs.
+    Lint,
+}
+
+fn main() -> ExitCode {
+    match run(Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: Arguments) -> Result<()> {
+    match arguments.verb {
+        Verb::Build { release } => commands::build(release),
+        Verb::Test { lab, threads } => commands::test(lab.as_deref(), threads),
+        Verb::Lint => commands::lint(),
+    }
+}

@@ -9,6 +9,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::Once;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -16,8 +17,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
+pub mod agent;
 pub mod canary;
 pub mod capture;
+pub mod control;
+pub mod http;
 pub mod netns;
 pub mod packet;
 pub mod process;
@@ -26,8 +30,10 @@ pub mod tls;
 pub mod topology;
 pub mod traffic;
 
+pub use agent::Agent;
 pub use canary::Canary;
 pub use capture::{Capture, Recording};
+pub use control::Control;
 pub use netns::Netns;
 pub use process::Process;
 pub use topology::{Node, Pod};
@@ -151,6 +157,29 @@ pub fn binary_dir() -> Result<PathBuf> {
     } else {
         directory.to_owned()
     })
+}
+
+/// The path of one of the real binaries.
+fn binary(name: &str) -> Result<PathBuf> {
+    let path = binary_dir()?.join(name);
+    if !path.exists() {
+        bail!("{} is not there: run `cargo xtask build`", path.display());
+    }
+    Ok(path)
+}
+
+/// Runs a program to its end; its standard output, or an error that says all.
+fn run_program(command: &mut Command) -> Result<String> {
+    let output = command.stdin(Stdio::null()).output()?;
+    if !output.status.success() {
+        bail!(
+            "{command:?}: {}\n{}{}",
+            output.status,
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr),
+        );
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 /// Removes everything of the laboratory of this name. What is already gone is no failure, and

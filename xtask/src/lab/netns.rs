@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::io::Write as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
@@ -13,6 +13,8 @@ use anyhow::{Context as _, Result, bail};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+
+use super::run_program;
 
 /// Where `ip netns` keeps its namespaces.
 pub(super) const NETNS_DIR: &str = "/run/netns";
@@ -83,26 +85,11 @@ impl Netns {
             .unwrap_or_else(|error| panic!("cannot enter the namespace {}: {error}", self.name));
     }
 
-    /// Runs a program to its end inside the namespace, whatever its exit status.
-    pub fn output(&self, program: &str, arguments: &[&str]) -> Result<Output> {
-        self.run(|| Command::new(program).args(arguments).stdin(Stdio::null()).output())
-            .with_context(|| format!("running {program} (scripts/setup.sh installs the tools)"))
-    }
-
-    /// Runs a program inside the namespace; its standard output, or an error that says all.
-    pub fn check_output(&self, program: &str, arguments: &[&str]) -> Result<String> {
-        let output = self.output(program, arguments)?;
-        if !output.status.success() {
-            bail!(
-                "{program} {} in {}: {}\n{}{}",
-                arguments.join(" "),
-                self.name,
-                output.status,
-                String::from_utf8_lossy(&output.stdout),
-                String::from_utf8_lossy(&output.stderr),
-            );
-        }
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    /// Runs a program to its end inside the namespace; its standard output, or an error that says
+    /// all.
+    pub fn output(&self, program: &str, arguments: &[&str]) -> Result<String> {
+        self.run(|| run_program(Command::new(program).args(arguments)))
+            .with_context(|| format!("in {} (scripts/setup.sh installs the tools)", self.name))
     }
 
     /// Runs `ip` commands (without the `ip`) inside the namespace, in one process.

@@ -20,6 +20,8 @@ use super::{Capture, Lab, Netns, netns};
 pub const POD_RANGE_V4: &str = "10.77.0.0/16";
 /// The range that holds every pod, IPv6.
 pub const POD_RANGE_V6: &str = "fd77::/16";
+/// Where the control plane is.
+pub const CONTROL_ADDRESS: &str = "172.30.0.250";
 /// The ranges that hold the nodes and the control plane.
 pub const NODE_RANGES: [&str; 2] = ["172.30.0.0/24", "fd78::/64"];
 

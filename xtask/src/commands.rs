@@ -1,0 +1,133 @@
+//! What the verbs run: `scripts/setup.sh` for the tools, then cargo.
+
+use std::collections::BTreeMap;
+use std::env;
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+/// The part of the tools that `scripts/setup.sh` is to install.
+#[derive(Clone, Copy)]
+enum Tools {
+    /// What compiling needs.
+    Build,
+    /// What the laboratory and the demo need too.
+    All,
+}
+
+/// Builds the binaries.
+pub(crate) fn build(release: bool) -> Result<()> {
+    setup(Tools::Build)?;
+    build_binaries(release)
+}
+
+/// Runs the unit tests and the laboratory's, or only the laboratory tests with `lab` in their
+/// name, `threads` at a time.
+pub(crate) fn test(lab: Option<&str>, threads: u8) -> Result<()> {
+    ensure!(
+        nix::unistd::geteuid().is_root(),
+        "the laboratory makes network namespaces and loads eBPF: run `cargo xtask test` as root"
+    );
+    setup(Tools::All)?;
+    // The laboratory tests run the binaries that lie beside them.
+    build_binaries(false)?;
+    if lab.is_none() {
+        run(cargo().args(["test", "--workspace", "--exclude", "xtask"]))?;
+    }
+    let threads = format!("--test-threads={threads}");
+    run(cargo().args(["test", "--package", "xtask", "--", &threads]).args(lab))
+}
+
+/// Checks formatting and runs clippy with every warning denied.
+pub(crate) fn lint() -> Result<()> {
+    setup(Tools::Build)?;
+    run(cargo().args(["fmt", "--all", "--check"]))?;
+    run(cargo().args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
+    lint_ebpf()?;
+    lint_scripts()
+}
+
+/// Clippy for the eBPF programs is the one of the rustc that builds them: it must be the same
+/// compiler that built `core`.
+fn lint_ebpf() -> Result<()> {
+    let toolchain = ebpf_toolchain()?;
+    let rustc = Path::new(toolchain.get("NODEMESH_EBPF_RUSTC").context("no rustc is named")?);
+    let beside = |name: &str| Some(rustc.with_file_name(name)).filter(|path| path.exists());
+    let Some(clippy) = beside("cargo-clippy") else {
+        bail!(
+            "{} has no cargo-clippy beside it: add it (rustup component add clippy, or Debian's \
+             rust-web-clippy)",
+            rustc.display()
+        );
+    };
+    let cargo = beside("cargo").unwrap_or_else(|| PathBuf::from(cargo().get_program()));
+    let mut command = Command::new(clippy);
+    command
+        .current_dir(root()?)
+        .args(["clippy", "--package", "mesh-ebpf", "--target", "bpfel-unknown-none"])
+        .args(["-Z", "build-std=core", "--", "-D", "warnings"])
+        .env("CARGO", cargo)
+        .env("CARGO_BUILD_RUSTC", rustc)
+        // Building `core` is unstable in cargo, and aya-ebpf uses an unstable feature.
+        .env("RUSTC_BOOTSTRAP", "1")
+        // A rustup proxy tells its choice to its children.
+        .env_remove("RUSTC")
+        .env_remove("RUSTUP_TOOLCHAIN");
+    run(&mut command)
+}
+
+fn lint_scripts() -> Result<()> {
+    let scripts = ["scripts/setup.sh", ".ci/run"];
+    if Command::new("shellcheck").arg("--version").output().is_err() {
+        eprintln!("xtask: shellcheck is not installed: {} not checked", scripts.join(", "));
+        return Ok(());
+    }
+    run(Command::new("shellcheck").current_dir(root()?).args(scripts))
+}
+
+/// The keys and values of the file that `scripts/setup.sh` leaves.
+fn ebpf_toolchain() -> Result<BTreeMap<String, String>> {
+    let path = root()?.join("target/ebpf-toolchain.env");
+    let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+    Ok(text
+        .lines()
+        .filter_map(|line| line.split_once('='))
+        .map(|(key, value)| (key.to_owned(), value.to_owned()))
+        .collect())
+}
+
+fn build_binaries(release: bool) -> Result<()> {
+    let profile = if release { "--release" } else { "--profile=dev" };
+    run(cargo().args(["build", profile, "--package", "mesh-agent", "--package", "mesh-control"]))
+}
+
+fn setup(tools: Tools) -> Result<()> {
+    let what = match tools {
+        Tools::Build => "build",
+        Tools::All => "all",
+    };
+    run(Command::new(root()?.join("scripts/setup.sh")).arg(what))
+}
+
+fn cargo() -> Command {
+    Command::new(env::var_os("CARGO").as_deref().unwrap_or(OsStr::new("cargo")))
+}
+
+fn root() -> Result<&'static Path> {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask is in the workspace")
+}
+
+fn run(command: &mut Command) -> Result<()> {
+    let line = [command.get_program()]
+        .into_iter()
+        .chain(command.get_args())
+        .map(|word| word.to_string_lossy())
+        .collect::<Vec<_>>()
+        .join(" ");
+    let status = command.status().with_context(|| format!("running {line}"))?;
+    ensure!(status.success(), "{line}: {status}");
+    Ok(())
+}

@@ -1,0 +1,162 @@
+//! The real agent of a node, in the node's namespace.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use super::topology::{POD_RANGE_V4, POD_RANGE_V6};
+use super::{Control, Lab, Node, Pod, Process, binary, http, run_program, until};
+
+const HTTP_PORT: u16 = 9465;
+
+/// A `mesh-agent` that runs.
+#[derive(Debug)]
+pub struct Agent {
+    node: Node,
+    process: Process,
+    config: PathBuf,
+    socket: PathBuf,
+    runtime: PathBuf,
+    log: PathBuf,
+}
+
+impl Lab {
+    /// Starts the agent of a node, with a join token for it, and waits until it is ready. `extra`
+    /// is more YAML for its configuration.
+    pub fn agent(&self, node: &Node, control: &Control, extra: &str) -> Result<Agent> {
+        let token = control.token(node.node_name())?;
+        let mut agent = self.agent_with_token(node, &token, extra)?;
+        agent.wait_ready()?;
+        Ok(agent)
+    }
+
+    /// Starts the agent of a node with this join token, ready or not.
+    pub fn agent_with_token(&self, node: &Node, token: &str, extra: &str) -> Result<Agent> {
+        let directory = self.directory(&format!("node-{}", node.node_name()))?;
+        let pods = directory.join("pods");
+        fs::create_dir_all(&pods)?;
+        let token_file = directory.join("join-token");
+        fs::write(&token_file, token)?;
+        fs::set_permissions(&token_file, fs::Permissions::from_mode(0o600))?;
+        let runtime = directory.join("run");
+        let socket = runtime.join("agent.sock");
+        let config = directory.join("config.yaml");
+        let text = format!(
+            "node: {}\ncontrol_plane: [\"{}\"]\ncluster_ranges: [{POD_RANGE_V4}, \"{POD_RANGE_V6}\"]\n\
+             join_token_file: {}\nruntime_dir: {}\npods_dir: {}\nbpffs: {}\n{extra}\n",
+            node.node_name(),
+            Control::endpoint(),
+            token_file.display(),
+            runtime.display(),
+            pods.display(),
+            self.bpffs(node.node_name()).display(),
+        );
+        fs::write(&config, text)?;
+        let log = self.logs().join(format!("agent-{}.log", node.node_name()));
+        let process = start(node, &config, &log)?;
+        Ok(Agent { node: node.clone(), process, config, socket, runtime, log })
+    }
+}
+
+impl Agent {
+    /// The process, for signals and logs.
+    pub fn process(&mut self) -> &mut Process {
+        &mut self.process
+    }
+
+    /// Its runtime directory.
+    pub fn runtime_dir(&self) -> &Path {
+        &self.runtime
+    }
+
+    /// Kills it as the kernel would: nothing of it runs any more.
+    pub fn kill9(&mut self) -> Result<()> {
+        self.process.kill9()
+    }
+
+    /// Starts it again, with nothing but what it left behind.
+    pub fn start(&mut self) -> Result<()> {
+        self.process = start(&self.node, &self.config, &self.log)?;
+        self.wait_ready()
+    }
+
+    /// Kills it and starts it again.
+    pub fn restart(&mut self) -> Result<()> {
+        self.kill9()?;
+        self.start()
+    }
+
+    /// Freezes it.
+    pub fn stop(&self) -> Result<()> {
+        self.process.signal(Signal::SIGSTOP)
+    }
+
+    /// Lets it go on.
+    pub fn cont(&self) -> Result<()> {
+        self.process.signal(Signal::SIGCONT)
+    }
+
+    /// Asks it to end, and waits until it has.
+    pub fn terminate(&mut self) -> Result<()> {
+        self.process.signal(Signal::SIGTERM)?;
+        self.process.wait()?;
+        Ok(())
+    }
+
+    /// Enrols a pod, and waits until it has a certificate.
+    pub fn enroll(&self, pod: &Pod) -> Result<()> {
+        let path = pod.path();
+        let path = path.to_str().context("a namespace's path is text")?;
+        self.cli(&["enroll", "--uid", &pod.uid(), "--netns", path])?;
+        Ok(())
+    }
+
+    /// Un-enrols a pod.
+    pub fn unenroll(&self, pod: &Pod) -> Result<()> {
+        self.cli(&["unenroll", "--uid", &pod.uid()])?;
+        Ok(())
+    }
+
+    /// `mesh-agent status --json`, whatever the exit status.
+    pub fn status(&self) -> Result<Value> {
+        let output = self.command(&["status", "--json"])?.output()?;
+        serde_json::from_slice(&output.stdout).with_context(|| {
+            format!("the status is no JSON: {}", String::from_utf8_lossy(&output.stderr))
+        })
+    }
+
+    /// Runs a command of `mesh-agent` against it, and returns what it prints.
+    pub fn cli(&self, arguments: &[&str]) -> Result<String> {
+        run_program(&mut self.command(arguments)?)
+    }
+
+    /// A command of `mesh-agent` against it.
+    pub fn command(&self, arguments: &[&str]) -> Result<Command> {
+        let mut command = Command::new(binary("mesh-agent")?);
+        command.args(arguments).arg("--socket").arg(&self.socket);
+        Ok(command)
+    }
+
+    /// Waits until `/readyz` says so.
+    pub fn wait_ready(&mut self) -> Result<()> {
+        until("mesh-agent to be ready", || {
+            if let Err(error) = self.process.check_alive() {
+                return Some(Err(error));
+            }
+            http::is_ok(&self.node, HTTP_PORT, "/readyz").then_some(Ok(()))
+        })
+        .and_then(|ready| ready)
+        .with_context(|| self.process.log_tail())
+    }
+}
+
+fn start(node: &Node, config: &Path, log: &Path) -> Result<Process> {
+    let mut command = Command::new(binary("mesh-agent")?);
+    command.arg("run").arg("--config").arg(config);
+    Process::spawn(node, &mut command, log)
+}
