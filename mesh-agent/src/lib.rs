@@ -5,3 +5,4 @@ pub mod identity;
 pub mod pod;
 pub mod policy;
 mod sys;
+pub mod tunnel;
