@@ -12,7 +12,7 @@ use aya_ebpf::{
     maps::{Array, HashMap, PerCpuHashMap, RingBuf, SockMap},
     programs::SkLookupContext,
 };
-use mesh_common::abi::{Event, Layer, MAX_PODS, PodConfig, PodCounters, REASONS, Reason};
+use mesh_common::abi::{Event, Layer, MAX_PODS, PodConfig, PodCounters, Reason};
 
 /// A drop of a pod is told at most once in this many nanoseconds on each CPU.
 const LOG_INTERVAL: u64 = 10_000_000_000;

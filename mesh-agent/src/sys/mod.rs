@@ -1,3 +1,4 @@
 //! System calls that no library offers safely: the only module with `unsafe` beside `bpf`.
 
 pub(crate) mod async_fd;
+pub(crate) mod socket;

@@ -1,0 +1,253 @@
+//! The programs and maps that exist once per node.
+
+use std::{
+    fs::File,
+    os::fd::{AsRawFd, RawFd},
+    path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use aya::{
+    Ebpf, EbpfLoader,
+    maps::{Array, HashMap, MapData, MapError, PerCpuHashMap, PerCpuValues, SkStorage},
+    programs::{
+        CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, CgroupSockAddr, CgroupSysctl,
+        cgroup_sysctl::CgroupSysctlLink, links::FdLink,
+    },
+    util::nr_cpus,
+};
+use mesh_common::abi::{Layer, MAX_PODS, PodConfig, PodCounters, Reason};
+
+use super::{BpfError, Events, OBJECT, pins, pins::Pins};
+
+/// Drops of one pod for one reason at one layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DropCount {
+    /// Where.
+    pub layer: Layer,
+    /// Why.
+    pub reason: Reason,
+    /// How many packets, frames or `connect()` calls.
+    pub count: u64,
+}
+
+/// The eBPF side of the node. Dropping it leaves everything attached.
+pub struct Datapath {
+    pub(super) pins: Pins,
+    pods: Mutex<HashMap<MapData, u64, PodConfig>>,
+    counters: Mutex<PerCpuHashMap<MapData, u64, PodCounters>>,
+    sockets: Mutex<SkStorage<MapData, u32>>,
+    /// Not pinned: it guards nothing, it only wakes this agent.
+    _sysctl: CgroupSysctlLink,
+}
+
+impl Datapath {
+    /// Opens or makes the maps, attaches the node's programs to the cgroup and pins everything.
+    ///
+    /// # Errors
+    ///
+    /// See [`BpfError`]. Whatever guarded before still does.
+    pub fn open(bpffs: &Path, cgroup: &Path) -> Result<(Self, Events), BpfError> {
+        let pins = Pins::open(bpffs)?;
+        let mut loader = EbpfLoader::new();
+        pins.share_maps(&mut loader);
+        let mut ebpf = loader.load(OBJECT)?;
+        let take = |ebpf: &mut Ebpf, name: &'static str| {
+            ebpf.take_map(name).ok_or(BpfError::Map {
+                name,
+                source: MapError::InvalidName { name: name.to_owned() },
+            })
+        };
+
+        let map = take(&mut ebpf, "GUARD_KEY")?;
+        let mut guard_key: Array<_, u32> = map.try_into().map_err(BpfError::map("GUARD_KEY"))?;
+        if guard_key.get(&0, 0).map_err(BpfError::map("GUARD_KEY"))? == 0 {
+            let key = rand::random_range(1..=u32::MAX);
+            guard_key.set(0, key, 0).map_err(BpfError::map("GUARD_KEY"))?;
+        }
+        let pods = take(&mut ebpf, "PODS")?.try_into().map_err(BpfError::map("PODS"))?;
+        let counters =
+            take(&mut ebpf, "COUNTERS")?.try_into().map_err(BpfError::map("COUNTERS"))?;
+        let sockets =
+            take(&mut ebpf, "AGENT_SOCKETS")?.try_into().map_err(BpfError::map("AGENT_SOCKETS"))?;
+        let events = take(&mut ebpf, "EVENTS")?;
+
+        let cgroup_dir = File::open(cgroup).map_err(BpfError::io(cgroup))?;
+        for name in ["connect4", "connect6"] {
+            let program: &mut CgroupSockAddr = program(&mut ebpf, name)?;
+            program.load().map_err(BpfError::program(name))?;
+            let id = program
+                .attach(&cgroup_dir, CgroupAttachMode::Single)
+                .map_err(BpfError::program(name))?;
+            let link = program.take_link(id).map_err(BpfError::program(name))?;
+            pins::replace(FdLink::try_from(link)?, &pins.link(name))?;
+        }
+        {
+            let name = "egress";
+            let program: &mut CgroupSkb = program(&mut ebpf, name)?;
+            program.load().map_err(BpfError::program(name))?;
+            let id = program
+                .attach(&cgroup_dir, CgroupSkbAttachType::Egress, CgroupAttachMode::Single)
+                .map_err(BpfError::program(name))?;
+            let link = program.take_link(id).map_err(BpfError::program(name))?;
+            pins::replace(FdLink::try_from(link)?, &pins.link(name))?;
+        }
+        let sysctl = {
+            let name = "sysctl";
+            let program: &mut CgroupSysctl = program(&mut ebpf, name)?;
+            program.load().map_err(BpfError::program(name))?;
+            let id = program
+                .attach(&cgroup_dir, CgroupAttachMode::Single)
+                .map_err(BpfError::program(name))?;
+            program.take_link(id).map_err(BpfError::program(name))?
+        };
+        let events = Events::new(&mut ebpf, events)?;
+        let datapath = Self {
+            pins,
+            pods: Mutex::new(pods),
+            counters: Mutex::new(counters),
+            sockets: Mutex::new(sockets),
+            _sysctl: sysctl,
+        };
+        Ok((datapath, events))
+    }
+
+    /// Puts a pod under guard, or changes its configuration.
+    ///
+    /// # Errors
+    ///
+    /// [`BpfError::TooManyPods`], or the map's own.
+    pub fn configure(&self, cookie: u64, config: &PodConfig) -> Result<(), BpfError> {
+        let full = |error| match error {
+            MapError::SyscallError(error) if error.io_error.raw_os_error() == Some(E2BIG) => {
+                BpfError::TooManyPods { limit: MAX_PODS }
+            }
+            source => BpfError::Map { name: "PODS", source },
+        };
+        {
+            let mut counters = lock(&self.counters);
+            if matches!(counters.get(&cookie, 0), Err(MapError::KeyNotFound)) {
+                let cpus = nr_cpus()
+                    .map_err(|(path, source)| BpfError::Io { path: PathBuf::from(path), source })?;
+                let zero = PerCpuValues::try_from(vec![PodCounters::ZERO; cpus])
+                    .map_err(BpfError::io("per-CPU values"))?;
+                counters.insert(cookie, zero, 0).map_err(full)?;
+            }
+        }
+        lock(&self.pods).insert(cookie, config, 0).map_err(full)
+    }
+
+    /// The configuration of a pod that is under guard.
+    ///
+    /// # Errors
+    ///
+    /// The map's own.
+    pub fn configuration(&self, cookie: u64) -> Result<Option<PodConfig>, BpfError> {
+        match lock(&self.pods).get(&cookie, 0) {
+            Ok(config) => Ok(Some(config)),
+            Err(MapError::KeyNotFound) => Ok(None),
+            Err(source) => Err(BpfError::Map { name: "PODS", source }),
+        }
+    }
+
+    /// Every pod under guard, by network namespace cookie, whether or not it still lives.
+    ///
+    /// # Errors
+    ///
+    /// The map's own.
+    pub fn guarded(&self) -> Result<Vec<u64>, BpfError> {
+        let mut cookies: Vec<u64> =
+            lock(&self.pods).keys().collect::<Result<_, _>>().map_err(BpfError::map("PODS"))?;
+        cookies.extend(self.pins.pods()?);
+        cookies.sort_unstable();
+        cookies.dedup();
+        Ok(cookies)
+    }
+
+    /// Takes a pod from under guard: its programs first, so that nothing is dropped on the way.
+    ///
+    /// # Errors
+    ///
+    /// The map's own, or the file system's.
+    pub fn release(&self, cookie: u64) -> Result<(), BpfError> {
+        let gone = |result| match result {
+            Err(MapError::KeyNotFound) => Ok(()),
+            Err(MapError::SyscallError(error))
+                if error.io_error.kind() == std::io::ErrorKind::NotFound =>
+            {
+                Ok(())
+            }
+            other => other,
+        };
+        self.release_pod(cookie)?;
+        gone(lock(&self.pods).remove(&cookie)).map_err(BpfError::map("PODS"))?;
+        gone(lock(&self.counters).remove(&cookie)).map_err(BpfError::map("COUNTERS"))
+    }
+
+    /// What was dropped of a pod, the zeros left out.
+    ///
+    /// # Errors
+    ///
+    /// The map's own.
+    pub fn drops(&self, cookie: u64) -> Result<Vec<DropCount>, BpfError> {
+        let per_cpu = match lock(&self.counters).get(&cookie, 0) {
+            Ok(values) => values,
+            Err(MapError::KeyNotFound) => return Ok(Vec::new()),
+            Err(source) => return Err(BpfError::Map { name: "COUNTERS", source }),
+        };
+        let mut drops = Vec::new();
+        for layer in Layer::ALL {
+            for reason in Reason::ALL {
+                let of = |c: &PodCounters| c.drops[layer as usize][reason as usize];
+                let count = per_cpu.iter().map(of).sum();
+                if count > 0 {
+                    drops.push(DropCount { layer, reason, count });
+                }
+            }
+        }
+        Ok(drops)
+    }
+
+    /// Marks a socket as the agent's own, and with it every socket that it accepts. The guards let
+    /// pass what such sockets send.
+    ///
+    /// # Errors
+    ///
+    /// The map's own.
+    pub fn tag(&self, socket: &impl AsRawFd) -> Result<(), BpfError> {
+        let fd: RawFd = socket.as_raw_fd();
+        lock(&self.sockets).insert(&fd, 1, 0).map_err(BpfError::map("AGENT_SOCKETS"))
+    }
+
+    /// Detaches and removes everything that any agent ever pinned below `bpffs`.
+    ///
+    /// # Errors
+    ///
+    /// The file system's.
+    pub fn uninstall(bpffs: &Path) -> Result<(), BpfError> {
+        Pins::remove_all(bpffs)
+    }
+
+    /// Where everything is pinned.
+    pub fn pin_directory(&self) -> &Path {
+        self.pins.base()
+    }
+}
+
+/// `E2BIG`: what a hash map answers when it is full.
+const E2BIG: i32 = nix::libc::E2BIG;
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A map handle has no invariant that a panic could break.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+pub(super) fn program<'a, P>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut P, BpfError>
+where
+    &'a mut P: TryFrom<&'a mut aya::programs::Program, Error = aya::programs::ProgramError>,
+{
+    let program = ebpf
+        .program_mut(name)
+        .ok_or_else(|| BpfError::Unsupported(format!("the eBPF object has no program {name}")))?;
+    program.try_into().map_err(BpfError::program(name))
+}

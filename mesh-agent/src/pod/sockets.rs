@@ -1,0 +1,130 @@
+//! The agent's sockets in a pod.
+//!
+//! Every one that faces the network carries the agent's tag; every one that faces an application
+//! resets when it is closed, so that an agent that dies never looks like an orderly end.
+
+use std::{
+    io,
+    net::{IpAddr, Ipv6Addr, SocketAddr, TcpStream},
+    sync::Arc,
+    time::Duration,
+};
+
+use mesh_common::abi::CAPTURE_MARK;
+use nix::sys::socket::{setsockopt, sockopt};
+use socket2::{Domain, Socket, TcpKeepalive, Type};
+use tokio::net::{TcpListener, TcpSocket};
+
+use super::netns::Netns;
+use crate::bpf::Datapath;
+
+/// Connections that the kernel holds until they are accepted; it cuts to `net.core.somaxconn`.
+const BACKLOG: i32 = 4096;
+
+/// When a silent connection is probed, and how often: `TCP_USER_TIMEOUT` then decides.
+const KEEPALIVE: Duration = Duration::from_secs(60);
+
+/// Makes sockets in one pod.
+#[derive(Clone)]
+pub struct PodSockets {
+    netns: Arc<Netns>,
+    datapath: Arc<Datapath>,
+    unacknowledged: Duration,
+}
+
+impl PodSockets {
+    /// Sockets of the pod in `netns`. Data unacknowledged for longer than `unacknowledged` ends a
+    /// connection.
+    pub fn new(netns: Arc<Netns>, datapath: Arc<Datapath>, unacknowledged: Duration) -> Self {
+        Self { netns, datapath, unacknowledged }
+    }
+
+    /// A listener for captured connections to any address and port, IPv4 and IPv6.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel answers.
+    pub fn listen(&self, facing: Facing) -> io::Result<TcpListener> {
+        let socket = self.socket(Domain::IPV6)?;
+        socket.set_only_v6(false)?;
+        socket.set_ip_transparent_v6(true)?;
+        socket.set_tcp_nodelay(true)?;
+        self.patience(&socket)?;
+        if facing == Facing::Application {
+            reset_on_close(&socket)?;
+        }
+        self.datapath.tag(&socket).map_err(io::Error::other)?;
+        socket.bind(&SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)).into())?;
+        socket.listen(BACKLOG)?;
+        TcpListener::from_std(socket.into())
+    }
+
+    /// Dials another pod's agent, or an allowed plaintext destination, from the pod's own address
+    /// `source`.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel answers.
+    pub async fn dial_network(
+        &self,
+        source: IpAddr,
+        destination: SocketAddr,
+    ) -> io::Result<tokio::net::TcpStream> {
+        let socket = self.socket(Domain::for_address(destination))?;
+        socket.set_tcp_nodelay(true)?;
+        self.patience(&socket)?;
+        setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)?;
+        self.datapath.tag(&socket).map_err(io::Error::other)?;
+        socket.bind(&SocketAddr::new(source, 0).into())?;
+        TcpSocket::from_std_stream(TcpStream::from(socket)).connect(destination).await
+    }
+
+    /// Dials an application in the pod over loopback, as if from `client`.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel answers.
+    pub async fn dial_application(
+        &self,
+        client: IpAddr,
+        destination: SocketAddr,
+    ) -> io::Result<tokio::net::TcpStream> {
+        let socket = self.socket(Domain::for_address(destination))?;
+        socket.set_tcp_nodelay(true)?;
+        if destination.is_ipv4() {
+            socket.set_ip_transparent_v4(true)?;
+        } else {
+            socket.set_ip_transparent_v6(true)?;
+        }
+        socket.set_mark(CAPTURE_MARK)?;
+        // Makes the pod's `sk_lookup` see loopback, and the kernel reuse ports at once.
+        socket.bind_device(Some(b"lo"))?;
+        setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)?;
+        reset_on_close(&socket)?;
+        socket.bind(&SocketAddr::new(client, 0).into())?;
+        TcpSocket::from_std_stream(TcpStream::from(socket)).connect(destination).await
+    }
+
+    fn socket(&self, domain: Domain) -> io::Result<Socket> {
+        let new = || Socket::new(domain, Type::STREAM.nonblocking().cloexec(), None);
+        self.netns.try_run(new)?
+    }
+
+    fn patience(&self, socket: &Socket) -> io::Result<()> {
+        socket.set_tcp_user_timeout(Some(self.unacknowledged))?;
+        socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE))
+    }
+}
+
+/// What is at the other end of a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Facing {
+    /// An application in the pod.
+    Application,
+    /// Something outside the pod.
+    Network,
+}
+
+fn reset_on_close(socket: &Socket) -> io::Result<()> {
+    socket.set_linger(Some(Duration::ZERO))
+}
