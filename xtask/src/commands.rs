@@ -27,18 +27,22 @@ pub(crate) fn build(release: bool) -> Result<()> {
 /// Runs the unit tests and the laboratory's, or only the laboratory tests with `lab` in their
 /// name, `threads` at a time.
 pub(crate) fn test(lab: Option<&str>, threads: u8) -> Result<()> {
-    ensure!(
-        nix::unistd::geteuid().is_root(),
-        "the laboratory makes network namespaces and loads eBPF: run `cargo xtask test` as root"
-    );
-    setup(Tools::All)?;
-    // The laboratory tests run the binaries that lie beside them.
-    build_binaries(false)?;
+    prepare_laboratory()?;
     if lab.is_none() {
         run(cargo().args(["test", "--workspace", "--exclude", "xtask"]))?;
     }
     let threads = format!("--test-threads={threads}");
     run(cargo().args(["test", "--package", "xtask", "--", &threads]).args(lab))
+}
+
+/// Installs what the laboratory needs, and builds the binaries that run in it.
+pub(crate) fn prepare_laboratory() -> Result<()> {
+    ensure!(
+        nix::unistd::geteuid().is_root(),
+        "the laboratory makes network namespaces and loads eBPF: run this as root"
+    );
+    setup(Tools::All)?;
+    build_binaries(false)
 }
 
 /// Checks formatting and runs clippy with every warning denied.

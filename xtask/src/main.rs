@@ -6,6 +6,7 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 
 mod commands;
+mod demo;
 
 #[derive(Parser)]
 #[command(about = "Builds, tests and demonstrates nodemesh", arg_required_else_help = true)]
@@ -31,6 +32,8 @@ enum Verb {
         #[arg(long, default_value_t = 2)]
         threads: u8,
     },
+    /// Watch two nodes and four pods with and without the mesh. Needs root.
+    Demo,
     /// Check formatting, and run clippy over the host crates and the eBPF programs.
     Lint,
 }
@@ -49,6 +52,10 @@ fn run(arguments: Arguments) -> Result<()> {
     match arguments.verb {
         Verb::Build { release } => commands::build(release),
         Verb::Test { lab, threads } => commands::test(lab.as_deref(), threads),
+        Verb::Demo => {
+            commands::prepare_laboratory()?;
+            demo::run()
+        }
         Verb::Lint => commands::lint(),
     }
 }

@@ -22,6 +22,7 @@ pub mod canary;
 pub mod capture;
 pub mod control;
 pub mod http;
+pub mod mesh;
 pub mod netns;
 pub mod packet;
 pub mod process;
@@ -182,6 +183,14 @@ fn run_program(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
+/// Removes every laboratory of this process, which is about to end.
+pub fn remove_own() {
+    let own = std::process::id();
+    for name in names().filter(|(pid, _)| *pid == own).map(|(_, name)| name) {
+        remove(&name);
+    }
+}
+
 /// Removes everything of the laboratory of this name. What is already gone is no failure, and
 /// what cannot be removed does not keep the rest from being.
 fn remove(name: &str) {
@@ -215,19 +224,24 @@ fn report(outcome: Result<()>, path: &Path) {
 
 /// Removes the laboratories whose process is dead.
 fn sweep() {
-    let names: BTreeSet<String> = entries(Path::new(netns::NETNS_DIR))
+    let dead = |pid: &u32| !Path::new("/proc").join(pid.to_string()).exists();
+    for name in names().filter(|(pid, _)| dead(pid)).map(|(_, name)| name) {
+        remove(&name);
+    }
+}
+
+/// The laboratories there are, with the process of each.
+fn names() -> impl Iterator<Item = (u32, String)> {
+    let names: BTreeSet<_> = entries(Path::new(netns::NETNS_DIR))
         .iter()
         .chain(&entries(Path::new(STATE_DIR)))
         .filter_map(|path| {
             let mut parts = file_name(path).strip_prefix(PREFIX)?.splitn(3, '-');
             let (pid, number) = (parts.next()?, parts.next()?);
-            let dead = !Path::new("/proc").join(pid).exists();
-            (pid.parse::<u32>().is_ok() && dead).then(|| format!("{PREFIX}{pid}-{number}"))
+            Some((pid.parse().ok()?, format!("{PREFIX}{pid}-{number}")))
         })
         .collect();
-    for name in names {
-        remove(&name);
-    }
+    names.into_iter()
 }
 
 fn entries(directory: &Path) -> Vec<PathBuf> {

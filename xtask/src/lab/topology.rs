@@ -6,6 +6,7 @@
 //! |-------------------|-----------------|----------------|
 //! | node N            | 172.30.0.N/24   | fd78::N/64     |
 //! | control plane     | 172.30.0.250/24 | fd78::250/64   |
+//! | outside           | 172.30.0.200/24 | fd78::200/64   |
 //! | pod P on node N   | 10.77.N.P/24    | fd77:N::P/64   |
 //! | node N, to pods   | 10.77.N.1/24    | fd77:N::1/64   |
 
@@ -20,6 +21,8 @@ use super::{Capture, Lab, Netns, netns};
 pub const POD_RANGE_V4: &str = "10.77.0.0/16";
 /// The range that holds every pod, IPv6.
 pub const POD_RANGE_V6: &str = "fd77::/16";
+/// The addresses of [`Lab::outside`].
+pub const OUTSIDE_ADDRESSES: [&str; 2] = ["172.30.0.200", "fd78::200"];
 /// Where the control plane is.
 pub const CONTROL_ADDRESS: &str = "172.30.0.250";
 /// The ranges that hold the nodes and the control plane.
@@ -66,8 +69,9 @@ impl Node {
         &self.name
     }
 
-    fn routes_to(&self, other: &Self) -> [String; 2] {
-        let n = other.number;
+    /// The routes that lead to the node's pods from elsewhere on the wire.
+    fn routes_to_pods(&self) -> [String; 2] {
+        let n = self.number;
         [
             format!("route add 10.77.{n}.0/24 via 172.30.0.{n}"),
             format!("route add fd77:{n}::/64 via fd78::{n}"),
@@ -134,8 +138,8 @@ impl Lab {
             "link set cni0 up".to_owned(),
         ];
         for other in &self.nodes {
-            commands.extend(node.routes_to(other));
-            other.ip(&other.routes_to(&node))?;
+            commands.extend(other.routes_to_pods());
+            other.ip(&node.routes_to_pods())?;
         }
         node.ip(&commands)?;
         self.nodes.push(node.clone());
@@ -146,6 +150,17 @@ impl Lab {
     pub(super) fn control_namespace(&mut self) -> Result<Netns> {
         let netns = self.add_namespace("control")?;
         self.plug(&netns, "control", "250")?;
+        Ok(netns)
+    }
+
+    /// Adds a host outside of the cluster's ranges, with routes to the pods of every node there
+    /// is by now. It is in no mesh.
+    pub fn outside(&mut self) -> Result<Netns> {
+        let netns = self.add_namespace("outside")?;
+        self.plug(&netns, "outside", "200")?;
+        for node in &self.nodes {
+            netns.ip(&node.routes_to_pods())?;
+        }
         Ok(netns)
     }
 

@@ -1,0 +1,121 @@
+//! A laboratory with the mesh in it: a control plane, nodes with their agents, pods.
+
+use anyhow::{Context as _, Result, bail};
+use serde_json::Value;
+
+use super::{Agent, Control, Lab, Node, Pod, until};
+
+/// Everything that a test of the mesh begins with.
+#[derive(Debug)]
+pub struct Mesh {
+    /// The laboratory.
+    pub lab: Lab,
+    /// Its control plane.
+    pub control: Control,
+    /// The nodes, named `a`, `b` and so on.
+    pub nodes: Vec<Node>,
+    /// The agent of each node, in the same order.
+    pub agents: Vec<Agent>,
+}
+
+/// More YAML for the configuration of each part of a [`Mesh`].
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Settings<'a> {
+    /// For the control plane.
+    pub control: &'a str,
+    /// For every agent.
+    pub agent: &'a str,
+}
+
+impl Mesh {
+    /// Two nodes with everything at its default.
+    pub fn new(title: &str) -> Result<Self> {
+        Self::with(title, 2, Settings::default())
+    }
+
+    /// So many nodes, with these settings.
+    pub fn with(title: &str, nodes: usize, settings: Settings<'_>) -> Result<Self> {
+        let mut lab = Lab::new(title)?;
+        let control = lab.control(settings.control)?;
+        let nodes = ["a", "b", "c", "d"]
+            .get(..nodes)
+            .context("a mesh has at most four nodes")?
+            .iter()
+            .map(|name| lab.node(name))
+            .collect::<Result<Vec<_>>>()?;
+        let agents = nodes
+            .iter()
+            .map(|node| lab.agent(node, &control, settings.agent))
+            .collect::<Result<Vec<_>>>()?;
+        Ok(Self { lab, control, nodes, agents })
+    }
+
+    /// Adds a pod to a node and to the mesh, and waits until every agent knows it and it has a
+    /// certificate.
+    pub fn pod(&mut self, node: usize, name: &str) -> Result<Pod> {
+        let pod = self.plain_pod(node, name)?;
+        self.enroll(&pod)?;
+        Ok(pod)
+    }
+
+    /// Adds a pod to a node, and not to the mesh.
+    pub fn plain_pod(&mut self, node: usize, name: &str) -> Result<Pod> {
+        self.lab.pod(&self.nodes[node], name)
+    }
+
+    /// Registers a pod and enrols it on its node.
+    pub fn enroll(&self, pod: &Pod) -> Result<()> {
+        self.control.register(pod)?;
+        self.wait_synced()?;
+        let agent = self.agent_of(pod)?;
+        agent.enroll(pod)?;
+        self.wait_certified(pod)
+    }
+
+    /// The agent of a pod's node.
+    pub fn agent_of(&self, pod: &Pod) -> Result<&Agent> {
+        let node = self.nodes.iter().position(|node| node.node_name() == pod.node_name());
+        self.agents.get(node.context("the pod is on no node of this mesh")?).context("no agent")
+    }
+}
+
+impl Mesh {
+    /// Waits until every agent has acknowledged the registry as it is now.
+    pub fn wait_synced(&self) -> Result<()> {
+        until("every agent to have the newest snapshot", || {
+            let status = self.control.status().ok()?;
+            let version = status["snapshot_version"].as_u64()?;
+            let agents = status["agents"].as_array()?;
+            let acknowledged = |agent: &Value| agent["acknowledged"].as_u64() == Some(version);
+            (agents.len() == self.agents.len() && agents.iter().all(acknowledged)).then_some(())
+        })
+    }
+
+    /// Waits until a pod has its certificate.
+    pub fn wait_certified(&self, pod: &Pod) -> Result<()> {
+        let agent = self.agent_of(pod)?;
+        until("the pod to have a certificate", || {
+            let status = agent.status().ok()?;
+            let pods = status["pods"].as_array()?;
+            let entry = pods.iter().find(|entry| entry["uid"] == *pod.uid())?;
+            entry["certificate"]["serial"].as_str().map(drop)
+        })
+    }
+
+    /// How many connections of a kind an agent has counted: `mtls`, `plaintext` or `denied`.
+    pub fn connections(&self, node: usize, kind: &str) -> Result<u64> {
+        let status = self.agents[node].status()?;
+        let Some(count) = status["connections"][kind]["total"].as_u64() else {
+            bail!("the status counts no {kind} connections: {status:#}");
+        };
+        Ok(count)
+    }
+}
+
+/// The serial number of each pod's certificate, out of an agent's status.
+pub fn serials(status: &Value) -> Result<Vec<String>> {
+    let pods = status["pods"].as_array().context("the status lists no pods")?;
+    pods.iter()
+        .map(|pod| Ok(pod["certificate"]["serial"].as_str().context("no serial")?.to_owned()))
+        .collect()
+}

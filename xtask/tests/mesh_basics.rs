@@ -1,0 +1,402 @@
+//! Ordinary traffic through the mesh: it must arrive as it would without, and must not be
+//! readable on the way.
+
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
+use std::thread;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use nix::sched::{CloneFlags, unshare};
+use sha2::{Digest as _, Sha256};
+use xtask::lab::mesh::{Mesh, Settings};
+use xtask::lab::topology::OUTSIDE_ADDRESSES;
+use xtask::lab::traffic::{accept, canonical, exchange, reset_on_close};
+use xtask::lab::{Canary, Netns, Pod};
+
+const PORT: u16 = 8080;
+
+/// Checks one behaviour over IPv4 and IPv6 between pods of two nodes and of one, with the mesh
+/// and also without it: what the mesh is compared with is the kernel.
+fn as_without_mesh(title: &str, check: impl Fn(&Pod, &Pod, usize) -> Result<()>) -> Result<()> {
+    let mut mesh = Mesh::new(title)?;
+    let plain = (mesh.plain_pod(0, "plain1")?, mesh.plain_pod(1, "plain2")?);
+    let client = mesh.pod(0, "client")?;
+    let (far, near) = (mesh.pod(1, "far")?, mesh.pod(0, "near")?);
+    let pairs = [
+        ("without the mesh", &plain.0, &plain.1),
+        ("to another node", &client, &far),
+        ("on one node", &client, &near),
+    ];
+    for (what, client, server) in pairs {
+        for (family, name) in ["IPv4", "IPv6"].into_iter().enumerate() {
+            check(client, server, family).with_context(|| format!("{what}, over {name}"))?;
+        }
+    }
+    Ok(())
+}
+
+/// A connection from one pod to the other, both ends.
+fn pair(client: &Pod, server: &Pod, family: usize) -> Result<(TcpStream, TcpStream)> {
+    let listener = server.listen(PORT)?;
+    let outgoing = client.connect(server.sockets(PORT)[family])?;
+    let (incoming, _) = accept(&listener)?;
+    Ok((outgoing, incoming))
+}
+
+fn expect_end(stream: &mut TcpStream) -> Result<()> {
+    let mut rest = Vec::new();
+    stream.read_to_end(&mut rest).context("waiting for the end")?;
+    ensure!(rest.is_empty(), "{} bytes came before the end", rest.len());
+    Ok(())
+}
+
+fn expect_reset(stream: &mut TcpStream) -> Result<()> {
+    match stream.read(&mut [0; 16]) {
+        Ok(0) => bail!("a clean end instead of a reset"),
+        Ok(count) => bail!("{count} bytes instead of a reset"),
+        Err(error) if error.kind() == ErrorKind::ConnectionReset => Ok(()),
+        Err(error) => Err(error).context("waiting for a reset"),
+    }
+}
+
+/// One of the two calls fails because the connection was refused: at once, or after it was
+/// accepted by the agent.
+fn expect_refusal(from: &Netns, to: SocketAddr) -> Result<()> {
+    match from.connect(to) {
+        Ok(mut stream) => expect_reset(&mut stream),
+        Err(error) if error.kind() == ErrorKind::ConnectionRefused => Ok(()),
+        Err(error) => Err(error).context("waiting for a refusal"),
+    }
+    .with_context(|| format!("to {to}"))
+}
+
+#[test]
+fn both_sides_see_the_real_addresses() -> Result<()> {
+    as_without_mesh("both_sides_see_the_real_addresses", |client, server, family| {
+        let (outgoing, incoming) = pair(client, server, family)?;
+        let dialled = server.sockets(PORT)[family];
+        ensure!(outgoing.peer_addr()? == dialled, "getpeername: {}", outgoing.peer_addr()?);
+        let own = client.addresses()[family];
+        ensure!(outgoing.local_addr()?.ip() == own, "getsockname: {}", outgoing.local_addr()?);
+        let seen = canonical(incoming.peer_addr()?).ip();
+        ensure!(seen == own, "the server's getpeername: {seen}");
+        let at = canonical(incoming.local_addr()?);
+        ensure!(at == dialled, "the server's getsockname: {at}");
+        Ok(())
+    })
+}
+
+#[test]
+fn each_direction_ends_by_itself() -> Result<()> {
+    as_without_mesh("each_direction_ends_by_itself", |client, server, family| {
+        let (outgoing, incoming) = pair(client, server, family)?;
+        let (back, forth) = (pair(client, server, family)?, (outgoing, incoming));
+        for (mut first, mut second) in [forth, (back.1, back.0)] {
+            first.shutdown(Shutdown::Write)?;
+            expect_end(&mut second)?;
+            second.write_all(b"still open")?;
+            second.shutdown(Shutdown::Write)?;
+            let mut answer = String::new();
+            first.read_to_string(&mut answer)?;
+            ensure!(answer == "still open", "{answer:?}");
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn resets_arrive_as_resets() -> Result<()> {
+    as_without_mesh("resets_arrive_as_resets", |client, server, family| {
+        let (outgoing, mut incoming) = pair(client, server, family)?;
+        reset_on_close(&outgoing)?;
+        drop(outgoing);
+        expect_reset(&mut incoming).context("at the server")?;
+        let (mut outgoing, incoming) = pair(client, server, family)?;
+        reset_on_close(&incoming)?;
+        drop(incoming);
+        expect_reset(&mut outgoing).context("at the client")
+    })
+}
+
+#[test]
+fn connections_without_a_byte_end_cleanly() -> Result<()> {
+    as_without_mesh("connections_without_a_byte_end_cleanly", |client, server, family| {
+        let (outgoing, mut incoming) = pair(client, server, family)?;
+        drop(outgoing);
+        expect_end(&mut incoming)?;
+        let (mut outgoing, incoming) = pair(client, server, family)?;
+        drop(incoming);
+        expect_end(&mut outgoing)
+    })
+}
+
+#[test]
+fn the_server_may_speak_first() -> Result<()> {
+    as_without_mesh("the_server_may_speak_first", |client, server, family| {
+        let (mut outgoing, mut incoming) = pair(client, server, family)?;
+        incoming.write_all(b"220 ready")?;
+        let mut greeting = [0; 9];
+        outgoing.read_exact(&mut greeting)?;
+        ensure!(&greeting == b"220 ready", "{greeting:?}");
+        Ok(())
+    })
+}
+
+#[test]
+fn single_bytes_pass_one_by_one() -> Result<()> {
+    as_without_mesh("single_bytes_pass_one_by_one", |client, server, family| {
+        let _echo = server.echo(PORT)?;
+        let mut stream = client.connect(server.sockets(PORT)[family])?;
+        stream.set_nodelay(true)?;
+        for byte in 0..=u8::MAX {
+            stream.write_all(&[byte])?;
+            let mut back = [0];
+            stream.read_exact(&mut back)?;
+            ensure!(back == [byte], "sent {byte}, got {back:?}");
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn a_gibibyte_each_way_arrives_whole() -> Result<()> {
+    let mut mesh = Mesh::new("a_gibibyte_each_way_arrives_whole")?;
+    let (client, server) = (mesh.pod(0, "client")?, mesh.pod(1, "server")?);
+    let ends = pair(&client, &server, 0)?;
+    thread::scope(|scope| {
+        let jobs = [&ends.0, &ends.1]
+            .map(|end| (scope.spawn(move || send_bulk(end)), scope.spawn(move || hash_all(end))));
+        let [(sent_up, received_down), (sent_down, received_up)] = jobs;
+        for (sent, received) in [(sent_up, received_up), (sent_down, received_down)] {
+            let sent = sent.join().expect("the sender does not panic")?;
+            let received = received.join().expect("the receiver does not panic")?;
+            ensure!(sent == received, "the hashes differ");
+        }
+        Ok(())
+    })
+}
+
+fn send_bulk(mut stream: &TcpStream) -> Result<Vec<u8>> {
+    const MEBIBYTE: usize = 1 << 20;
+    let seed: [u8; 64] = rand::random();
+    let mut block = seed.repeat(MEBIBYTE / seed.len());
+    let mut hash = Sha256::new();
+    for number in 0..1024_u64 {
+        block[..8].copy_from_slice(&number.to_be_bytes());
+        stream.write_all(&block)?;
+        hash.update(&block);
+    }
+    stream.shutdown(Shutdown::Write)?;
+    Ok(hash.finalize().to_vec())
+}
+
+fn hash_all(mut stream: &TcpStream) -> Result<Vec<u8>> {
+    let mut hash = Sha256::new();
+    std::io::copy(&mut stream, &mut hash)?;
+    Ok(hash.finalize().to_vec())
+}
+
+#[test]
+fn what_nobody_serves_is_refused() -> Result<()> {
+    as_without_mesh("what_nobody_serves_is_refused", |client, server, family| {
+        expect_refusal(client, server.sockets(PORT)[family])
+    })
+}
+
+#[test]
+fn loopback_and_own_address_are_left_alone() -> Result<()> {
+    let mut mesh = Mesh::new("loopback_and_own_address_are_left_alone")?;
+    let pod = mesh.pod(0, "alone")?;
+    let _echo = pod.echo(PORT)?;
+    let own = pod.addresses();
+    let loopback: [IpAddr; 2] = ["127.0.0.1".parse()?, "::1".parse()?];
+    for address in own.into_iter().chain(loopback) {
+        let canary = Canary::random();
+        let capture = mesh.lab.capture_loopback(&pod)?;
+        let stream = pod.connect(SocketAddr::new(address, PORT))?;
+        ensure!(stream.local_addr()?.ip() == address, "from {}", stream.local_addr()?);
+        exchange(stream, canary.bytes())?;
+        let recording = capture.stop()?;
+        recording.expect_present(&canary)?;
+        // Had the agent been between, there would be a second connection.
+        ensure!(recording.streams().len() == 2, "{address}: {:?}", recording.streams());
+    }
+    Ok(())
+}
+
+#[test]
+fn the_wire_carries_tls_1_3_only() -> Result<()> {
+    let mut mesh = Mesh::new("the_wire_carries_tls_1_3_only")?;
+    let pods = [mesh.plain_pod(0, "client")?, mesh.plain_pod(1, "server")?];
+    let _echo = pods[1].echo(PORT)?;
+    let trial = |mesh: &Mesh| -> Result<_> {
+        let canary = Canary::random();
+        let wire = mesh.lab.capture()?;
+        let inside = mesh.lab.capture_loopback(&pods[0])?;
+        for address in pods[1].sockets(PORT) {
+            exchange(pods[0].connect(address)?, canary.bytes())?;
+            exchange(pods[0].connect(address)?, canary.text().as_bytes())?;
+        }
+        Ok((wire.stop()?, inside.stop()?, canary))
+    };
+
+    // The same matchers, where they must fire.
+    let (wire, _, canary) = trial(&mesh)?;
+    wire.expect_present(&canary)?;
+    ensure!(wire.expect_tls13(|_| true).is_err(), "plaintext passes for TLS");
+
+    for pod in &pods {
+        mesh.enroll(pod)?;
+    }
+    let (wire, inside, canary) = trial(&mesh)?;
+    inside.expect_present(&canary)?;
+    wire.expect_absent(&canary)?;
+    wire.expect_tls13(|stream| stream.from_start)?;
+    for segment in wire.segments() {
+        let meshed = [segment.source.ip(), segment.destination.ip()]
+            .iter()
+            .all(|address| pods.iter().any(|pod| pod.addresses().contains(address)));
+        let control = segment.source.port() == 8443 || segment.destination.port() == 8443;
+        ensure!(meshed || control, "between {} and {}", segment.source, segment.destination);
+    }
+
+    for pod in &pods {
+        mesh.agent_of(pod)?.unenroll(pod)?;
+        mesh.control.deregister(pod)?;
+    }
+    let (wire, _, canary) = trial(&mesh)?;
+    wire.expect_present(&canary)
+}
+
+#[test]
+fn pods_of_one_node_are_encrypted_too() -> Result<()> {
+    let mut mesh = Mesh::new("pods_of_one_node_are_encrypted_too")?;
+    let plain = [mesh.plain_pod(0, "plain1")?, mesh.plain_pod(0, "plain2")?];
+    let meshed = [mesh.pod(0, "meshed1")?, mesh.pod(0, "meshed2")?];
+    for (pods, in_the_clear) in [(&plain, true), (&meshed, false)] {
+        let _echo = pods[1].echo(PORT)?;
+        let canary = Canary::random();
+        let between = mesh.lab.capture_pod(&pods[1])?;
+        for address in pods[1].sockets(PORT) {
+            exchange(pods[0].connect(address)?, canary.bytes())?;
+        }
+        let recording = between.stop()?;
+        if in_the_clear {
+            recording.expect_present(&canary)?;
+        } else {
+            recording.expect_absent(&canary)?;
+            recording.expect_tls13(|_| true)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn plaintext_leaves_only_where_it_may() -> Result<()> {
+    for (policy, allowed) in [("allow", true), ("deny", false)] {
+        let agent = format!("egress: {policy}");
+        let title = format!("plaintext_leaves_only_where_it_may-{policy}");
+        let mut mesh = Mesh::with(&title, 1, Settings { agent: &agent, ..Settings::default() })?;
+        let client = mesh.pod(0, "client")?;
+        let unknown = mesh.plain_pod(0, "unknown")?;
+        let outside = mesh.lab.outside()?;
+        let _echoes = (outside.echo(PORT)?, unknown.echo(PORT)?);
+
+        let canary = Canary::random();
+        let wire = mesh.lab.capture()?;
+        for address in OUTSIDE_ADDRESSES {
+            let address = SocketAddr::new(address.parse()?, PORT);
+            if allowed {
+                exchange(client.connect(address)?, canary.bytes())?;
+            } else {
+                expect_refusal(&client, address)?;
+            }
+        }
+        let recording = wire.stop()?;
+        if allowed {
+            recording.expect_present(&canary)?;
+        } else {
+            recording.expect_absent(&canary)?;
+        }
+        // Inside the cluster's ranges nobody unknown is ever spoken to.
+        for address in unknown.sockets(PORT) {
+            expect_refusal(&client, address)?;
+        }
+        let [plaintext, denied] = ["plaintext", "denied"].map(|kind| mesh.connections(0, kind));
+        ensure!(plaintext? == if allowed { 2 } else { 0 }, "plaintext connections");
+        ensure!(denied? == if allowed { 2 } else { 4 }, "denied connections");
+    }
+    Ok(())
+}
+
+#[test]
+fn plaintext_enters_only_where_it_may() -> Result<()> {
+    let agent = "ingress: {plaintext: [{ranges: [172.30.0.0/24, 'fd78::/64'], ports: [9000]}]}";
+    let title = "plaintext_enters_only_where_it_may";
+    let mut mesh = Mesh::with(title, 1, Settings { agent, ..Settings::default() })?;
+    let server = mesh.pod(0, "server")?;
+    let stranger = mesh.plain_pod(0, "stranger")?;
+    let outside = mesh.lab.outside()?;
+    let _echoes = (server.echo(PORT)?, server.echo(9000)?);
+    for family in [0, 1] {
+        for (from, port) in [(&*stranger, PORT), (&*stranger, 9000), (&outside, PORT)] {
+            let address = server.sockets(port)[family];
+            let canary = Canary::random();
+            let inside = mesh.lab.capture_loopback(&server)?;
+            // The agent hears it out before it can tell that this is no tunnel.
+            let answer = from.connect(address).and_then(|mut stream| {
+                stream.write_all(canary.bytes())?;
+                stream.read(&mut [0; 64])
+            });
+            ensure!(!matches!(answer, Ok(1..)), "{address} answered");
+            inside.stop()?.expect_absent(&canary)?;
+        }
+        exchange(outside.connect(server.sockets(9000)[family])?, b"healthy?")?;
+    }
+    Ok(())
+}
+
+/// Spread over three nodes, and the clients over a thread with descriptors of its own: each agent
+/// has two sockets for every connection at each of its ends, and the limit of open files may be
+/// hardly more than that.
+#[test]
+fn ten_thousand_connections_at_once() -> Result<()> {
+    const COUNT: u64 = 10_000;
+    let mut mesh = Mesh::with("ten_thousand_connections_at_once", 3, Settings::default())?;
+    let pods =
+        (0..3).map(|node| mesh.pod(node, &format!("pod{node}"))).collect::<Result<Vec<_>>>()?;
+    let listeners = pods.iter().map(|pod| pod.listen(PORT)).collect::<Result<Vec<_>>>()?;
+    let ring = || (0..COUNT).zip((0..pods.len()).cycle());
+    let clients = || -> Result<()> {
+        unshare(CloneFlags::CLONE_FILES)?;
+        let mut streams = Vec::new();
+        for (number, index) in ring() {
+            let server = &pods[(index + 1) % pods.len()];
+            let mut stream = pods[index].connect(server.sockets(PORT)[0])?;
+            stream.write_all(&number.to_be_bytes())?;
+            streams.push(stream);
+        }
+        for (number, stream) in (0..COUNT).zip(&mut streams) {
+            let mut answer = [0; 8];
+            stream.read_exact(&mut answer)?;
+            ensure!(answer == number.to_be_bytes(), "connection {number} has another's answer");
+        }
+        Ok(())
+    };
+    thread::scope(|scope| {
+        let clients = scope.spawn(clients);
+        let mut streams = Vec::new();
+        for (number, index) in ring() {
+            let (stream, _) = accept(&listeners[(index + 1) % pods.len()])
+                .with_context(|| format!("connection {number}"))?;
+            streams.push(stream);
+        }
+        // Now all of them are open, and every one still works.
+        for stream in &mut streams {
+            let mut number = [0; 8];
+            stream.read_exact(&mut number)?;
+            stream.write_all(&number)?;
+        }
+        clients.join().expect("the clients do not panic")
+    })
+}
