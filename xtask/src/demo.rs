@@ -112,7 +112,8 @@ fn rotation(stage: &Stage) -> Result<()> {
     let serials = |stage: &Stage| -> Result<Vec<String>> {
         let mut serials = Vec::new();
         for agent in &stage.mesh.agents {
-            serials.extend(lab::mesh::serials(&agent.status()?)?);
+            let status = agent.status()?;
+            serials.extend(lab::mesh::serials(&status).into_iter().map(str::to_owned));
         }
         Ok(serials)
     };

@@ -322,9 +322,9 @@ fn plaintext_leaves_only_where_it_may() -> Result<()> {
         for address in unknown.sockets(PORT) {
             expect_refusal(&client, address)?;
         }
-        let [plaintext, denied] = ["plaintext", "denied"].map(|kind| mesh.connections(0, kind));
-        ensure!(plaintext? == if allowed { 2 } else { 0 }, "plaintext connections");
-        ensure!(denied? == if allowed { 2 } else { 4 }, "denied connections");
+        let counted = (mesh.opened(0, "plaintext")?, mesh.denied(0)?);
+        let expected = if allowed { (2, 2) } else { (0, 4) };
+        ensure!(counted == expected, "plaintext and denied: {counted:?}, not {expected:?}");
     }
     Ok(())
 }

@@ -108,7 +108,7 @@ impl Control {
 
     /// A join token for a node.
     pub fn token(&self, node: &str) -> Result<String> {
-        Ok(self.cli(&["token", node])?.trim().to_owned())
+        Ok(self.cli(&["token", "create", "--node", node])?.trim().to_owned())
     }
 
     /// `mesh-control status --json`.
@@ -119,7 +119,7 @@ impl Control {
     /// Runs a command of `mesh-control` against it, and returns what it prints.
     pub fn cli(&self, arguments: &[&str]) -> Result<String> {
         let mut command = Command::new(binary("mesh-control")?);
-        command.args(arguments).arg("--socket").arg(&self.socket);
+        command.args(arguments).arg("--admin-socket").arg(&self.socket);
         run_program(&mut command)
     }
 

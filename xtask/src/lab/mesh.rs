@@ -1,6 +1,6 @@
 //! A laboratory with the mesh in it: a control plane, nodes with their agents, pods.
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use serde_json::Value;
 
 use super::{Agent, Control, Lab, Node, Pod, until};
@@ -84,10 +84,9 @@ impl Mesh {
     pub fn wait_synced(&self) -> Result<()> {
         until("every agent to have the newest snapshot", || {
             let status = self.control.status().ok()?;
-            let version = status["snapshot_version"].as_u64()?;
-            let agents = status["agents"].as_array()?;
-            let acknowledged = |agent: &Value| agent["acknowledged"].as_u64() == Some(version);
-            (agents.len() == self.agents.len() && agents.iter().all(acknowledged)).then_some(())
+            let agents = status["agents"].as_object()?;
+            let in_sync = agents.values().all(|agent| agent["in_sync"] == true);
+            (in_sync && agents.len() == self.agents.len()).then_some(())
         })
     }
 
@@ -96,26 +95,33 @@ impl Mesh {
         let agent = self.agent_of(pod)?;
         until("the pod to have a certificate", || {
             let status = agent.status().ok()?;
-            let pods = status["pods"].as_array()?;
-            let entry = pods.iter().find(|entry| entry["uid"] == *pod.uid())?;
-            entry["certificate"]["serial"].as_str().map(drop)
+            let entry = pods(&status).find(|entry| entry["uid"] == *pod.uid())?;
+            entry["certificate"]["serial"].is_string().then_some(())
         })
     }
 
-    /// How many connections of a kind an agent has counted: `mtls`, `plaintext` or `denied`.
-    pub fn connections(&self, node: usize, kind: &str) -> Result<u64> {
+    /// How many connections of a kind, `mtls` or `plaintext`, an agent has let through.
+    pub fn opened(&self, node: usize, kind: &str) -> Result<u64> {
         let status = self.agents[node].status()?;
-        let Some(count) = status["connections"][kind]["total"].as_u64() else {
-            bail!("the status counts no {kind} connections: {status:#}");
-        };
-        Ok(count)
+        let of_kind = |entry: &&Value| entry["kind"] == *kind;
+        let entries = pods(&status).filter_map(|pod| pod["connections"].as_array()).flatten();
+        Ok(entries.filter(of_kind).filter_map(|entry| entry["opened"].as_u64()).sum())
+    }
+
+    /// How many connections an agent has refused.
+    pub fn denied(&self, node: usize) -> Result<u64> {
+        let status = self.agents[node].status()?;
+        let entries = pods(&status).filter_map(|pod| pod["denied"].as_array()).flatten();
+        Ok(entries.filter_map(|entry| entry["count"].as_u64()).sum())
     }
 }
 
+/// The pods in an agent's status.
+pub fn pods(status: &Value) -> impl Iterator<Item = &Value> {
+    status["pods"].as_array().into_iter().flatten()
+}
+
 /// The serial number of each pod's certificate, out of an agent's status.
-pub fn serials(status: &Value) -> Result<Vec<String>> {
-    let pods = status["pods"].as_array().context("the status lists no pods")?;
-    pods.iter()
-        .map(|pod| Ok(pod["certificate"]["serial"].as_str().context("no serial")?.to_owned()))
-        .collect()
+pub fn serials(status: &Value) -> Vec<&str> {
+    pods(status).filter_map(|pod| pod["certificate"]["serial"].as_str()).collect()
 }
