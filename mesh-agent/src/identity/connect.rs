@@ -130,7 +130,7 @@ async fn connect_one(
     let stream = timeout(STEP_WITHIN, tls.connect(name, stream))
         .await
         .map_err(|_| format!("no TLS handshake within {STEP_WITHIN:?}"))?
-        .map_err(|error| error.to_string())?;
+        .map_err(|error| tls_words(&error))?;
     let server_chain = stream.get_ref().1.peer_certificates().unwrap_or_default().to_vec();
 
     let mut stream = Some(TokioIo::new(stream));
@@ -147,6 +147,23 @@ async fn connect_one(
         .map_err(|error| super::status::Chain(&error).to_string())?;
     let client = Client::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
     Ok(Connection { client, endpoint: endpoint.to_owned(), server_chain })
+}
+
+/// Why a handshake failed, in words. rustls has names for the reasons, not sentences.
+fn tls_words(error: &io::Error) -> String {
+    use rustls::{CertificateError, Error::InvalidCertificate};
+    let tls = error.get_ref().and_then(|error| error.downcast_ref());
+    match tls {
+        Some(InvalidCertificate(CertificateError::UnknownIssuer)) => {
+            "no root that this agent trusts vouches for its certificate: it belongs to another \
+             mesh, or the roots have changed while this agent was away; for the latter, stop the \
+             agent, empty its runtime directory, and let it join anew with a new token"
+                .to_owned()
+        }
+        Some(InvalidCertificate(CertificateError::Other(reason))) => reason.0.to_string(),
+        Some(other) => other.to_string(),
+        None => error.to_string(),
+    }
 }
 
 /// What the control plane answered, or why there is no answer, in words.

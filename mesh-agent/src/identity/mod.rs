@@ -231,3 +231,6 @@ impl SvidHandle {
         context.store.remove(&uid);
     }
 }
+
+#[cfg(test)]
+mod tests;
