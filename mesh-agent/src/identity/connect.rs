@@ -18,6 +18,8 @@ use tokio_rustls::TlsConnector;
 use tonic::transport::{Channel, Endpoint};
 use tower::service_fn;
 
+use super::status::Chain;
+
 /// The ALPN name of gRPC.
 pub(super) const ALPN: &[u8] = b"h2";
 
@@ -76,7 +78,29 @@ impl fmt::Debug for Dialer {
 
 /// Why no address of the control plane can be used: for each one, in order, its reason.
 #[derive(Debug)]
-pub(super) struct ConnectError(Vec<(String, String)>);
+pub(super) struct ConnectError(Vec<(String, Reason)>);
+
+/// Why one address cannot be used.
+#[derive(Debug, thiserror::Error)]
+enum Reason {
+    #[error("no {0} within {STEP_WITHIN:?}")]
+    Timeout(&'static str),
+    /// Either another mesh, or a change of the roots that happened while this agent was away.
+    #[error(
+        "no root that this agent trusts vouches for its certificate. If the mesh has got new roots \
+         meanwhile, put a new join token in place, and the node joins anew"
+    )]
+    Distrust,
+    #[error("{0}")]
+    Other(String),
+}
+
+impl ConnectError {
+    /// Whether a control plane answered that we have no reason to trust.
+    pub(super) fn is_distrust(&self) -> bool {
+        self.0.iter().any(|(_, reason)| matches!(reason, Reason::Distrust))
+    }
+}
 
 impl std::error::Error for ConnectError {}
 
@@ -120,17 +144,17 @@ async fn connect_one(
     dialer: &Dialer,
     endpoint: &str,
     tls: &TlsConnector,
-) -> Result<Connection, String> {
+) -> Result<Connection, Reason> {
     let stream = timeout(STEP_WITHIN, (dialer.0)(endpoint.to_owned()))
         .await
-        .map_err(|_| format!("no answer within {STEP_WITHIN:?}"))?
-        .map_err(|error| error.to_string())?;
+        .map_err(|_| Reason::Timeout("answer"))?
+        .map_err(|error| Reason::Other(error.to_string()))?;
     // Neither sent nor compared: the certificate names the control plane, not a host.
     let name = ServerName::try_from("control.nodemesh").expect("a valid host name");
     let stream = timeout(STEP_WITHIN, tls.connect(name, stream))
         .await
-        .map_err(|_| format!("no TLS handshake within {STEP_WITHIN:?}"))?
-        .map_err(|error| tls_words(&error))?;
+        .map_err(|_| Reason::Timeout("TLS handshake"))?
+        .map_err(|error| tls_reason(&error))?;
     let server_chain = stream.get_ref().1.peer_certificates().unwrap_or_default().to_vec();
 
     let mut stream = Some(TokioIo::new(stream));
@@ -144,32 +168,25 @@ async fn connect_one(
             std::future::ready(stream)
         }))
         .await
-        .map_err(|error| super::status::Chain(&error).to_string())?;
+        .map_err(|error| Reason::Other(Chain(&error).to_string()))?;
     let client = Client::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
     Ok(Connection { client, endpoint: endpoint.to_owned(), server_chain })
 }
 
-/// Why a handshake failed, in words. rustls has names for the reasons, not sentences.
-fn tls_words(error: &io::Error) -> String {
+/// Why a handshake failed, in words: rustls has names for the reasons, not sentences.
+fn tls_reason(error: &io::Error) -> Reason {
     use rustls::{CertificateError, Error::InvalidCertificate};
-    let tls = error.get_ref().and_then(|error| error.downcast_ref());
-    match tls {
-        Some(InvalidCertificate(CertificateError::UnknownIssuer)) => {
-            "no root that this agent trusts vouches for its certificate: it belongs to another \
-             mesh, or the roots have changed while this agent was away; for the latter, stop the \
-             agent, empty its runtime directory, and let it join anew with a new token"
-                .to_owned()
-        }
-        Some(InvalidCertificate(CertificateError::Other(reason))) => reason.0.to_string(),
-        Some(other) => other.to_string(),
-        None => error.to_string(),
+    match error.get_ref().and_then(|error| error.downcast_ref()) {
+        Some(InvalidCertificate(CertificateError::UnknownIssuer)) => Reason::Distrust,
+        Some(InvalidCertificate(CertificateError::Other(why))) => Reason::Other(why.0.to_string()),
+        Some(_) | None => Reason::Other(error.to_string()),
     }
 }
 
 /// What the control plane answered, or why there is no answer, in words.
 pub(super) fn words(status: &tonic::Status) -> String {
     match std::error::Error::source(status) {
-        Some(cause) => super::status::Chain(cause).to_string(),
+        Some(cause) => Chain(cause).to_string(),
         None if status.message().is_empty() => status.code().description().to_owned(),
         None => status.message().to_owned(),
     }

@@ -14,6 +14,7 @@ use tokio::{
     time::timeout,
 };
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::Code;
 
 use super::{
     connect::{self, Client, ConnectError, connect, words},
@@ -40,14 +41,25 @@ enum LinkError {
     Node(#[from] NodeError),
     #[error(transparent)]
     Connect(#[from] ConnectError),
-    #[error("the control plane does not let this node watch the registry: {0}")]
-    Refused(String),
+    #[error("the control plane does not let this node watch the registry: {}", words(.0))]
+    Refused(tonic::Status),
     #[error("the connection to the control plane is lost: {0}")]
     Lost(String),
     #[error("the node's certificate has expired and the control plane has not renewed it")]
     Expired,
     #[error("cannot set up TLS: {0}")]
     Tls(#[from] rustls::Error),
+}
+
+impl LinkError {
+    /// Whether joining again would help: one side does not trust the other any more.
+    fn calls_for_a_token(&self) -> bool {
+        match self {
+            Self::Connect(error) => error.is_distrust(),
+            Self::Refused(status) => status.code() == Code::Unauthenticated,
+            Self::Node(_) | Self::Lost(_) | Self::Expired | Self::Tls(_) => false,
+        }
+    }
 }
 
 /// The only owner of the connection to the control plane.
@@ -66,6 +78,8 @@ impl Link {
     pub(super) async fn run(self) {
         let token = TokenWatch::start(&self.issuer.join_token_file);
         let mut identity = self.stored_identity();
+        // The token that the control plane knows already and will not take again.
+        let mut spent = None;
         let mut delays = retry_delays();
         loop {
             self.status.send_modify(|status| {
@@ -73,42 +87,79 @@ impl Link {
             });
             let synced_before = self.status.borrow().last_sync;
             let result = match &identity {
-                Some(identity) => self.session(identity).await,
-                None => self.issuer.join(|| self.clock.now()).await.map_err(LinkError::Node),
+                Some(identity) => match self.session(identity).await {
+                    Err(error) if error.calls_for_a_token() => {
+                        self.join_instead(error, &mut spent).await
+                    }
+                    result => result,
+                },
+                None => self.join(&mut spent).await.map_err(LinkError::Node),
             };
             self.connection.send_replace(None);
             if self.status.borrow().last_sync != synced_before {
                 delays = retry_delays();
             }
-            match result {
+            let error = match result {
                 Ok(new) => {
                     count(&self.counters.node_certificates);
-                    tracing::info!(id = %new.leaf.id, serial = new.leaf.serial, "new node certificate");
+                    let (id, serial) = (&new.leaf.id, &new.leaf.serial);
+                    tracing::info!(%id, serial, "new node certificate");
+                    // What the control plane says with it is newer than what we have stored.
+                    self.snapshots.trust(&new.bundle);
                     identity = Some(new);
+                    continue;
                 }
-                Err(error) => {
-                    if identity.is_none() {
-                        count(&self.counters.node_certificate_failures);
-                    }
-                    if let LinkError::Expired = error {
-                        identity = None;
-                    }
-                    self.disconnected(&error);
-                    let delay = delays.next().unwrap_or(TRY_TOKEN_EVERY);
-                    match error {
-                        LinkError::Expired => {}
-                        LinkError::Node(error) if error.needs_a_token() => tokio::select! {
-                            () = token.changed() => {}
-                            () = tokio::time::sleep(TRY_TOKEN_EVERY) => {}
-                        },
-                        LinkError::Node(_)
-                        | LinkError::Connect(_)
-                        | LinkError::Refused(_)
-                        | LinkError::Lost(_)
-                        | LinkError::Tls(_) => tokio::time::sleep(delay).await,
-                    }
+                Err(error) => error,
+            };
+            self.disconnected(&error);
+            let delay = match error {
+                LinkError::Expired => {
+                    identity = None;
+                    continue;
                 }
+                LinkError::Node(error) if error.needs_a_token() => TRY_TOKEN_EVERY,
+                LinkError::Node(_)
+                | LinkError::Connect(_)
+                | LinkError::Refused(_)
+                | LinkError::Lost(_)
+                | LinkError::Tls(_) => delays.next().unwrap_or(TRY_TOKEN_EVERY),
+            };
+            tokio::select! {
+                () = token.changed() => {}
+                () = tokio::time::sleep(delay) => {}
             }
+        }
+    }
+
+    /// Joins with the token in the file, whichever it is.
+    async fn join(&self, spent: &mut Option<String>) -> Result<NodeIdentity, NodeError> {
+        let result = async {
+            let token = self.issuer.token()?;
+            let result = self.issuer.join(&token, || self.clock.now()).await;
+            if matches!(result, Ok(_) | Err(NodeError::JoinRefused { .. })) {
+                *spent = Some(token.digest());
+            }
+            result
+        };
+        result.await.inspect_err(|_| count(&self.counters.node_certificate_failures))
+    }
+
+    /// The node's certificate is not expired, but of no use. If the operator has put a new token
+    /// in place that helps; otherwise `error` stays the error.
+    async fn join_instead(
+        &self,
+        error: LinkError,
+        spent: &mut Option<String>,
+    ) -> Result<NodeIdentity, LinkError> {
+        match self.issuer.token() {
+            Ok(token) if *spent != Some(token.digest()) => {
+                tracing::warn!(%error, "trying to join anew");
+                self.join(spent).await.map_err(|join_error| {
+                    tracing::warn!(error = %join_error, "cannot join anew");
+                    error
+                })
+            }
+            Ok(_) | Err(_) => Err(error),
         }
     }
 
@@ -156,8 +207,8 @@ impl Link {
         say(Message::Hello(api::Hello { agent_version: env!("CARGO_PKG_VERSION").to_owned() }))?;
         let mut stream = timeout(ANSWER_WITHIN, client.watch(ReceiverStream::new(requests)))
             .await
-            .map_err(|_| LinkError::Refused("no answer".to_owned()))?
-            .map_err(|status| LinkError::Refused(words(&status)))?
+            .map_err(|_| LinkError::Lost("no answer".to_owned()))?
+            .map_err(LinkError::Refused)?
             .into_inner();
         self.connected(endpoint, client.clone());
 

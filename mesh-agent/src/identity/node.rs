@@ -217,12 +217,12 @@ impl NodeIssuer {
         Ok(Some(NodeIdentity::new(&name, key, Arc::new(bundle), None, now)?))
     }
 
-    /// Trades the join token for a certificate.
+    /// Trades a join token for a certificate.
     pub(super) async fn join(
         &self,
+        token: &JoinToken,
         now: impl Fn() -> SystemTime,
     ) -> Result<NodeIdentity, NodeError> {
-        let token = self.token()?;
         let verifier = PeerVerifier::pinned(token.trust_domain.clone(), token.root);
         let tls = client_config(Arc::new(verifier), None, ALPN)?;
         let mut client = connect(&self.dialer, &self.endpoints, tls).await?.client;
@@ -290,7 +290,8 @@ impl NodeIssuer {
         Ok(identity)
     }
 
-    fn token(&self) -> Result<JoinToken, NodeError> {
+    /// Reads the join token, and checks that it is for this node.
+    pub(super) fn token(&self) -> Result<JoinToken, NodeError> {
         let path = self.join_token_file.as_path();
         let text = read_token(path)?
             .ok_or_else(|| NodeError::NoToken { node: self.node.clone(), path: path.to_owned() })?;

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::SystemTime};
 
 use mesh_common::{
     api,
-    svid::{Kind, PeerVerifier, SvidError, Usage},
+    svid::{Kind, PeerVerifier, SvidError, TrustBundle, Usage},
 };
 use prost::Message as _;
 use rustls::pki_types::CertificateDer;
@@ -85,24 +85,56 @@ impl Snapshots {
                 "the control plane has gone back to an older version: was its state restored?"
             );
         }
-        if let Err(error) = self.dir.write(FILE, &bytes) {
+        tracing::debug!(version = snapshot.version(), "new snapshot");
+        self.publish(snapshot, &bytes);
+        Ok(())
+    }
+
+    /// Replaces the trust bundle of the snapshot in use, if there is one, by a newer one.
+    pub(super) fn trust(&self, bundle: &TrustBundle) {
+        if self.current().bundle().is_none_or(|current| **current == *bundle) {
+            return;
+        }
+        let changed = load_message(&self.dir).and_then(|message| {
+            let message = message.ok_or("it is gone")?;
+            let message = api::Snapshot { bundle: Some(bundle.to_api()), ..message };
+            let bytes = message.encode_to_vec();
+            Ok((Snapshot::try_from(message).map_err(|error| error.to_string())?, bytes))
+        });
+        match changed {
+            Ok((snapshot, bytes)) => self.publish(snapshot, &bytes),
+            Err(error) => {
+                count(&self.counters.file_errors);
+                let path = self.dir.path(FILE);
+                tracing::error!(path = %path.display(), error, "cannot read the stored snapshot, \
+                    so the new trust bundle is not used: remove the file and restart the agent");
+            }
+        }
+    }
+
+    fn publish(&self, snapshot: Snapshot, bytes: &[u8]) {
+        if let Err(error) = self.dir.write(FILE, bytes) {
             count(&self.counters.file_errors);
             let path = self.dir.path(FILE);
             tracing::error!(path = %path.display(), %error, "cannot store the snapshot: after a \
                 restart an older one is used until the control plane is reached");
         }
-        tracing::debug!(version = snapshot.version(), "new snapshot");
-        self.current.send_replace(Arc::new(snapshot.sharing_with(&before)));
-        Ok(())
+        let snapshot = snapshot.sharing_with(&self.current());
+        self.current.send_replace(Arc::new(snapshot));
     }
 }
 
 fn load(dir: &PrivateDir) -> Result<Snapshot, String> {
-    let Some(bytes) = dir.read(FILE).map_err(|error| error.to_string())? else {
-        return Ok(Snapshot::default());
-    };
-    api::Snapshot::decode(bytes.as_slice())
-        .map_err(|error| error.to_string())?
-        .try_into()
-        .map_err(|error: RegistryError| error.to_string())
+    load_message(dir)?.map_or_else(
+        || Ok(Snapshot::default()),
+        |message| message.try_into().map_err(|error: RegistryError| error.to_string()),
+    )
+}
+
+fn load_message(dir: &PrivateDir) -> Result<Option<api::Snapshot>, String> {
+    let bytes = dir.read(FILE).map_err(|error| error.to_string())?;
+    bytes
+        .map(|bytes| api::Snapshot::decode(bytes.as_slice()))
+        .transpose()
+        .map_err(|error| error.to_string())
 }

@@ -132,6 +132,8 @@ struct State {
     node_lifetime: Duration,
     connections: Vec<AbortOnDropHandle<()>>,
     secrets: u8,
+    /// Node certificates from before the next join are not accepted.
+    void: bool,
 }
 
 /// The control plane. Clones are the same one.
@@ -164,6 +166,7 @@ impl Fake {
                 node_lifetime: 1_000 * HOUR,
                 connections: Vec::new(),
                 secrets: 0,
+                void: false,
             }),
             frozen: watch::Sender::new(false),
             snapshot: watch::Sender::new(api::Snapshot {
@@ -240,6 +243,13 @@ impl Fake {
     pub(super) fn sign_with(&self, authority: &Arc<Authority>) {
         self.state().authority = Arc::clone(authority);
         self.sign_workloads_with(authority);
+    }
+
+    /// As when somebody joins in the node's name.
+    pub(super) fn void_node_certificates(&self) {
+        let mut state = self.state();
+        state.void = true;
+        state.connections.clear();
     }
 
     pub(super) fn authority(&self) -> Arc<Authority> {
@@ -358,6 +368,20 @@ impl Fake {
         TrustBundle::from_api(self.0.snapshot.borrow().bundle.clone().unwrap()).unwrap()
     }
 
+    /// The node that the certificate of the connection names.
+    fn node_of<T>(&self, request: &Request<T>) -> Result<String, Status> {
+        if self.state().void {
+            return Err(Status::unauthenticated("this certificate is void"));
+        }
+        let leaf: &Option<Leaf> = request.extensions().get().unwrap();
+        match leaf.as_ref().map(|leaf| &leaf.id) {
+            Some(SpiffeId::Node(_, node)) => Ok(node.clone()),
+            Some(SpiffeId::Workload(_) | SpiffeId::Control(_)) | None => {
+                Err(Status::unauthenticated("show a node's certificate"))
+            }
+        }
+    }
+
     fn node_certificate(&self, csr: Vec<u8>, node: &str) -> api::NodeCertificate {
         let csr = CertificateSigningRequestParams::from_der(&csr.into()).unwrap();
         let not_after = self.0.clock.now() + self.state().node_lifetime;
@@ -382,6 +406,7 @@ impl ControlPlane for Fake {
             let mut state = self.state();
             let before = state.tokens.len();
             state.tokens.retain(|known| *known != token);
+            state.void &= state.tokens.len() == before;
             state.tokens.len() < before
         };
         if !known {
@@ -395,7 +420,7 @@ impl ControlPlane for Fake {
         &self,
         request: Request<api::RenewNodeRequest>,
     ) -> Result<Response<api::NodeCertificate>, Status> {
-        let node = node_of(&request)?;
+        let node = self.node_of(&request)?;
         self.0.renewals.fetch_add(1, Ordering::Relaxed);
         Ok(Response::new(self.node_certificate(request.into_inner().csr, &node)))
     }
@@ -404,7 +429,7 @@ impl ControlPlane for Fake {
         &self,
         request: Request<api::IssueSvidRequest>,
     ) -> Result<Response<api::IssueSvidResponse>, Status> {
-        node_of(&request)?;
+        self.node_of(&request)?;
         let api::IssueSvidRequest { pod_uid, csr } = request.into_inner();
         let snapshot = self.0.snapshot.borrow().clone();
         let workload = snapshot
@@ -454,7 +479,7 @@ impl ControlPlane for Fake {
         &self,
         request: Request<Streaming<api::WatchRequest>>,
     ) -> Result<Response<Self::WatchStream>, Status> {
-        node_of(&request)?;
+        self.node_of(&request)?;
         let shared = Arc::clone(&self.0);
         let mut answers = request.into_inner();
         tokio::spawn(async move {
@@ -464,17 +489,6 @@ impl ControlPlane for Fake {
         });
         let snapshots = WatchStream::new(self.0.snapshot.subscribe()).map(Ok);
         Ok(Response::new(Box::pin(stream::select(snapshots, stream::pending()))))
-    }
-}
-
-/// The node that the certificate of the connection names.
-fn node_of<T>(request: &Request<T>) -> Result<String, Status> {
-    let leaf: &Option<Leaf> = request.extensions().get().unwrap();
-    match leaf.as_ref().map(|leaf| &leaf.id) {
-        Some(SpiffeId::Node(_, node)) => Ok(node.clone()),
-        Some(SpiffeId::Workload(_) | SpiffeId::Control(_)) | None => {
-            Err(Status::unauthenticated("show a node's certificate"))
-        }
     }
 }
 

@@ -167,21 +167,57 @@ async fn a_node_certificate_under_a_root_that_goes_is_replaced_at_once() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_agent_that_missed_the_new_root_says_so() {
+async fn an_agent_that_missed_the_new_root_joins_anew() {
     let bench = Bench::new();
     let identity = bench.start();
-    connected(&identity).await;
+    let handle = identity.track(UID);
+    let svid = handle.wait(DEADLINE).await.unwrap();
     bench.fake.set_reachable(false);
     let new = Arc::new(Authority::new("new"));
     bench.fake.trust(&[new.root()]);
     bench.fake.sign_with(&new);
     bench.fake.set_reachable(true);
-    let error = until(identity.status(), "the certificate is refused", |status| {
+    let error = until(identity.status(), "the control plane is distrusted", |status| {
         status.last_error.as_ref().is_some_and(|error| error.message.contains("vouches"))
     });
     let error = error.await.last_error.unwrap().message;
-    assert!(error.contains("join anew"), "{error}");
-    assert_eq!(bench.fake.joins(), 1, "not behind the operator's back");
+    assert!(error.contains("put a new join token in place"), "{error}");
+    tokio::time::sleep(HOUR).await;
+    assert_eq!(bench.fake.joins(), 1, "a token serves once");
+    assert!(Arc::ptr_eq(&handle.current().unwrap(), &svid));
+
+    bench.write_token(&bench.fake.create_token(NODE));
+    connected(&identity).await;
+    next_svid(&handle, &svid).await;
+    bench.fake.set_reachable(false);
+    drop((handle, identity));
+
+    let identity = bench.start();
+    let stored = Arc::clone(&identity.snapshots().borrow());
+    assert_eq!(stored.bundle().unwrap().roots, [new.root()]);
+    bench.fake.set_reachable(true);
+    connected(&identity).await;
+    assert_eq!(bench.fake.joins(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_void_node_certificate_is_replaced_with_a_new_token() {
+    let bench = Bench::new();
+    let identity = bench.start();
+    connected(&identity).await;
+    bench.fake.void_node_certificates();
+    let error = until(identity.status(), "the control plane refuses", |status| {
+        status.last_error.as_ref().is_some_and(|error| error.message.contains("void"))
+    });
+    error.await;
+    tokio::time::sleep(HOUR).await;
+    assert_eq!(bench.fake.joins(), 1, "a token serves once");
+    let expected = "the token is unknown or was used before";
+    assert!(!identity.status().borrow().last_error.as_ref().unwrap().message.contains(expected));
+
+    bench.write_token(&bench.fake.create_token(NODE));
+    until(identity.status(), "it has joined", |_| bench.fake.joins() == 2).await;
+    connected(&identity).await;
 }
 
 #[tokio::test(start_paused = true)]
