@@ -12,3 +12,10 @@
 )]
 
 tonic::include_proto!("nodemesh.v1");
+
+/// The protocol that TLS negotiates for this API.
+pub const ALPN: &[u8] = b"h2";
+
+/// The longest message that an agent must be able to take: a snapshot with 4096 workloads on each
+/// of a hundred nodes stays below it. In bytes.
+pub const MAX_SNAPSHOT_BYTES: usize = 64 << 20;

@@ -1,2 +1,7 @@
-//! The control plane.
-fn main() {}
+//! The control plane's binary.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    mesh_control::cli::main()
+}

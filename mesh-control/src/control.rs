@@ -1,0 +1,457 @@
+//! The control plane as a value: everything that the gRPC service, the admin socket and the
+//! probes do, without a socket.
+
+use std::{
+    io,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, SystemTime},
+};
+
+use anyhow::Context as _;
+use arc_swap::ArcSwap;
+use mesh_common::{
+    api,
+    join::JoinToken,
+    spiffe::SpiffeId,
+    svid::{Fingerprint, Kind, Leaf, SvidError, TrustBundle, Usage, certified_key},
+};
+use rcgen::{KeyPair, PublicKeyData};
+use rustls::{
+    pki_types::{CertificateDer, PrivateKeyDer, UnixTime},
+    sign::CertifiedKey,
+};
+
+use crate::{
+    bundle,
+    ca::{self, Authority, CaError, Issued, Subject},
+    config::Config,
+    files,
+    metrics::Metrics,
+    refusal::Refusal,
+    registry::{self, Problem, Registry, Workload},
+    sessions::Sessions,
+    snapshot::Publisher,
+    tokens::Tokens,
+};
+
+/// The control plane.
+#[derive(Debug)]
+pub struct Control {
+    config: Config,
+    authority: Authority,
+    tokens: Tokens,
+    publisher: Publisher,
+    /// Serialises what reads the directories and publishes.
+    files: Mutex<()>,
+    view: ArcSwap<View>,
+    identity: ArcSwap<Identity>,
+    maintenance: Mutex<Option<String>>,
+    /// The agents that are connected.
+    pub sessions: Sessions,
+    /// The counters.
+    pub metrics: Metrics,
+    /// When the server was started.
+    pub started: SystemTime,
+}
+
+/// What the directories say at the moment.
+#[derive(Debug)]
+pub struct View {
+    /// The workloads.
+    pub registry: Registry,
+    /// The roots.
+    pub bundle: Arc<TrustBundle>,
+    /// Files of roots that have no effect.
+    pub bundle_problems: Vec<Problem>,
+    /// Directories that cannot be read. What they said before stays in force.
+    pub unreadable: Vec<Problem>,
+}
+
+/// The server's own certificate.
+#[derive(Debug)]
+struct Identity {
+    key: Arc<CertifiedKey>,
+    renew: SystemTime,
+}
+
+/// Why the operator's request was not done.
+#[derive(Debug, thiserror::Error)]
+pub enum AdminError {
+    /// It contradicts what is there.
+    #[error("{0}")]
+    Conflict(String),
+    /// There is nothing to do it to.
+    #[error("{0}")]
+    NotFound(String),
+    /// It makes no sense.
+    #[error("{0}")]
+    Invalid(String),
+    /// A file cannot be written.
+    #[error("cannot write {path}: {source}")]
+    Storage {
+        /// The file.
+        path: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+impl Control {
+    /// Opens or creates everything in the state directory and reads the registry.
+    ///
+    /// # Errors
+    ///
+    /// What stands against it, naming the file.
+    pub fn open(config: Config, now: SystemTime) -> anyhow::Result<Self> {
+        let dir = &config.state_dir;
+        let named = |path: &std::path::Path| path.display().to_string();
+        files::private_dir(dir).with_context(|| format!("state_dir {}", named(dir)))?;
+        for dir in [config.registry_dir(), config.bundle_dir()] {
+            std::fs::create_dir_all(&dir).with_context(|| format!("creating {}", named(&dir)))?;
+        }
+        let authority = ca::open(&config, now).context("the certificate authority")?;
+        let joins = dir.join("joins.json");
+        let tokens = Tokens::open(joins.clone()).with_context(|| named(&joins))?;
+        let starts = dir.join("starts");
+        let publisher = Publisher::open(&starts).with_context(|| named(&starts))?;
+        let metrics = Metrics::default();
+        let identity = identity(&authority, &config, &metrics, now)?;
+        let roots = vec![authority.root().clone()];
+        let bundle = TrustBundle { trust_domain: config.trust_domain.clone(), roots };
+        let control = Self {
+            authority,
+            tokens,
+            publisher,
+            files: Mutex::new(()),
+            view: ArcSwap::from_pointee(View {
+                registry: Registry::default(),
+                bundle: Arc::new(bundle),
+                bundle_problems: Vec::new(),
+                unreadable: Vec::new(),
+            }),
+            identity: ArcSwap::from_pointee(identity),
+            maintenance: Mutex::new(None),
+            sessions: Sessions::default(),
+            metrics,
+            started: now,
+            config,
+        };
+        control.reload();
+        Ok(control)
+    }
+
+    /// The configuration.
+    pub const fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The CA.
+    pub const fn authority(&self) -> &Authority {
+        &self.authority
+    }
+
+    /// The join tokens.
+    pub const fn tokens(&self) -> &Tokens {
+        &self.tokens
+    }
+
+    /// The snapshots.
+    pub const fn publisher(&self) -> &Publisher {
+        &self.publisher
+    }
+
+    /// What the directories say.
+    pub fn view(&self) -> Arc<View> {
+        self.view.load_full()
+    }
+
+    /// The certificate and key to serve with. The chain ends with the root, by whose fingerprint
+    /// a joining agent knows it.
+    pub fn identity(&self) -> Arc<CertifiedKey> {
+        Arc::clone(&self.identity.load().key)
+    }
+
+    /// What went wrong when certificates were last to be renewed.
+    pub fn maintenance_error(&self) -> Option<String> {
+        self.maintenance.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Reads both directories anew and publishes what they say. Blocks on the file system.
+    pub fn reload(&self) {
+        let _one_at_a_time = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+        self.reload_locked();
+    }
+
+    fn reload_locked(&self) {
+        let (registry_dir, bundle_dir) = (self.config.registry_dir(), self.config.bundle_dir());
+        let before = self.view.load();
+        let mut unreadable = Vec::new();
+        let mut failed = |dir: &std::path::Path, error: io::Error| {
+            let (file, reason) = (dir.display().to_string(), error.to_string());
+            unreadable.push(Problem { file, reason });
+        };
+        let registry = match files::sources(&registry_dir, &["yaml", "yml"]) {
+            Ok(sources) => Registry::resolve(sources),
+            Err(error) => {
+                failed(&registry_dir, error);
+                before.registry.clone()
+            }
+        };
+        let (bundle, bundle_problems) = match files::sources(&bundle_dir, &["pem", "crt"]) {
+            Ok(sources) => {
+                let (td, root) = (&self.config.trust_domain, self.authority.root());
+                let (bundle, problems) = bundle::assemble(td, root, sources);
+                (Arc::new(bundle), problems)
+            }
+            Err(error) => {
+                failed(&bundle_dir, error);
+                (Arc::clone(&before.bundle), before.bundle_problems.clone())
+            }
+        };
+        let view = View { registry, bundle, bundle_problems, unreadable };
+        log_changes(&before, &view);
+        let seconds = self.config.svid_lifetime.as_secs();
+        let settings =
+            api::Settings { svid_lifetime_seconds: u32::try_from(seconds).unwrap_or(u32::MAX) };
+        let view = Arc::new(view);
+        // First what requests are judged by, then what agents are told: an agent may ask at once.
+        self.view.store(Arc::clone(&view));
+        self.publisher.publish(&view.bundle, &view.registry, settings);
+    }
+
+    /// Registers a workload, or changes the one that was registered like this before. It is in
+    /// force when this returns. Blocks on the file system.
+    ///
+    /// # Errors
+    ///
+    /// [`AdminError::Conflict`], [`AdminError::Storage`].
+    pub fn register(&self, workload: &Workload) -> Result<(), AdminError> {
+        let _one_at_a_time = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+        // The files may be ahead of the last event.
+        self.reload_locked();
+        let file = registry::file_name(&workload.uid);
+        self.view.load().registry.admits(workload, &file).map_err(AdminError::Conflict)?;
+        let path = self.config.registry_dir().join(&file);
+        serde_saphyr::to_string(workload)
+            .map_err(io::Error::other)
+            .and_then(|text| files::replace(&path, text.as_bytes()))
+            .map_err(|source| AdminError::Storage { path: path.display().to_string(), source })?;
+        self.reload_locked();
+        match self.view.load().registry.get(&workload.uid) {
+            Some(found) if found == workload => Ok(()),
+            Some(_) | None => Err(AdminError::Conflict(format!(
+                "{file} was written but is not in force: see `mesh-control status`"
+            ))),
+        }
+    }
+
+    /// Removes a workload's file, whichever it is. Blocks on the file system.
+    ///
+    /// # Errors
+    ///
+    /// [`AdminError::NotFound`], [`AdminError::Storage`].
+    pub fn deregister(&self, uid: &str) -> Result<(), AdminError> {
+        let _one_at_a_time = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+        self.reload_locked();
+        let view = self.view.load();
+        let file = view
+            .registry
+            .file(uid)
+            .ok_or_else(|| AdminError::NotFound(format!("no workload has the UID {uid}")))?;
+        let path = self.config.registry_dir().join(file);
+        files::remove(&path)
+            .map_err(|source| AdminError::Storage { path: path.display().to_string(), source })?;
+        self.reload_locked();
+        Ok(())
+    }
+
+    /// Makes a join token. Its text is returned, and never known here again.
+    ///
+    /// # Errors
+    ///
+    /// [`AdminError::Invalid`], [`AdminError::Storage`].
+    pub fn create_token(
+        &self,
+        node: &str,
+        ttl: Duration,
+        now: SystemTime,
+    ) -> Result<String, AdminError> {
+        const LONGEST: Duration = Duration::from_secs(30 * 24 * 60 * 60);
+        if ttl < Duration::from_secs(1) || ttl > LONGEST {
+            return Err(AdminError::Invalid("the ttl must be at least 1s, at most 30d".to_owned()));
+        }
+        let root = Fingerprint::of(self.authority.root());
+        let token = JoinToken::new(self.config.trust_domain.clone(), node, root, rand::random())
+            .map_err(|error| AdminError::Invalid(error.to_string()))?;
+        self.tokens
+            .add(&token, now + ttl, now)
+            .map_err(|source| AdminError::Storage { path: "the join tokens".to_owned(), source })?;
+        tracing::info!(node, ttl = %humantime::format_duration(ttl), "made a join token");
+        Ok(token.reveal())
+    }
+
+    /// Trades a token for a node's certificate. Blocks on the file system.
+    ///
+    /// # Errors
+    ///
+    /// A [`Refusal`]; the token is then unused, unless signing itself failed.
+    pub fn join(&self, token: &str, csr: &[u8], now: SystemTime) -> Result<Issued, Refusal> {
+        let token: JoinToken = token.parse()?;
+        let key = ca::requested_key(csr)?;
+        let not_before = now - self.config.clock_skew;
+        let node = self.tokens.consume(&token, not_before, now)?;
+        self.sessions.end(&node);
+        self.issue_node(node, &key, now)
+    }
+
+    /// Renews a node's certificate.
+    ///
+    /// # Errors
+    ///
+    /// A [`Refusal`].
+    pub fn renew_node(&self, node: String, csr: &[u8], now: SystemTime) -> Result<Issued, Refusal> {
+        self.issue_node(node, &ca::requested_key(csr)?, now)
+    }
+
+    fn issue_node(
+        &self,
+        node: String,
+        key: &impl PublicKeyData,
+        now: SystemTime,
+    ) -> Result<Issued, Refusal> {
+        let id = SpiffeId::Node(self.config.trust_domain.clone(), node);
+        let lifetime = self.config.node_lifetime;
+        self.issue(&Subject { id, pod: None }, key, lifetime, now)
+    }
+
+    /// Issues a pod's certificate to the node on which the registry places that pod.
+    ///
+    /// # Errors
+    ///
+    /// A [`Refusal`].
+    pub fn issue_svid(
+        &self,
+        node: &str,
+        uid: &str,
+        csr: &[u8],
+        now: SystemTime,
+    ) -> Result<Issued, Refusal> {
+        let view = self.view.load();
+        let (uid, node) = (uid.to_owned(), node.to_owned());
+        let subject = match view.registry.get(&uid) {
+            Some(workload) if workload.node == node => {
+                let id = workload.id(&self.config.trust_domain).map_err(SvidError::from)?;
+                Subject { id, pod: Some(workload.pod()) }
+            }
+            Some(_) => return Err(Refusal::ForeignPod { uid, node }),
+            None => return Err(Refusal::UnknownPod { uid, node }),
+        };
+        self.issue(&subject, &ca::requested_key(csr)?, self.config.svid_lifetime, now)
+    }
+
+    fn issue(
+        &self,
+        subject: &Subject,
+        key: &impl PublicKeyData,
+        lifetime: Duration,
+        now: SystemTime,
+    ) -> Result<Issued, Refusal> {
+        let issued = self.authority.issue(subject, key, lifetime, now)?;
+        self.metrics.issued(Kind::of(&subject.id));
+        let pod = subject.pod.as_ref().map(|pod| pod.uid.as_str());
+        let not_after = time::OffsetDateTime::from(issued.leaf.not_after);
+        tracing::info!(id = %subject.id, pod, serial = issued.leaf.serial, %not_after, "issued");
+        Ok(issued)
+    }
+
+    /// Decides which node a connection belongs to, from the chain it showed and nothing else. This
+    /// is asked anew for each call: bundle, clock and joins may have changed since the handshake.
+    ///
+    /// # Errors
+    ///
+    /// A [`Refusal`].
+    pub fn authenticate(
+        &self,
+        chain: Option<&[CertificateDer<'static>]>,
+        now: SystemTime,
+    ) -> Result<(String, Leaf), Refusal> {
+        let chain = chain.ok_or(Refusal::NoCertificate)?;
+        let leaf = self.view.load().bundle.verify(chain, Usage::Client, unix(now))?;
+        let SpiffeId::Node(_, node) = &leaf.id else {
+            return Err(SvidError::Kind { expected: Kind::Node, found: leaf.id }.into());
+        };
+        if self.tokens.is_void(node, leaf.not_before) {
+            return Err(Refusal::Void(node.clone()));
+        }
+        Ok((node.clone(), leaf))
+    }
+
+    /// Renews what is past half of its life: the issuing CA, and the server's own certificate.
+    /// Returns when to do it again.
+    pub fn maintain(&self, now: SystemTime) -> SystemTime {
+        let result = self.authority.renew(now).and_then(|_| {
+            if now >= self.identity.load().renew {
+                let identity = identity(&self.authority, &self.config, &self.metrics, now)?;
+                self.identity.store(Arc::new(identity));
+            }
+            Ok(())
+        });
+        if let Err(error) = &result {
+            tracing::error!(%error, "renewing the control plane's certificates failed");
+        }
+        *self.maintenance.lock().unwrap_or_else(PoisonError::into_inner) =
+            result.err().map(|error| error.to_string());
+        let due = self.identity.load().renew;
+        if self.authority.renews_itself() {
+            due.min(self.authority.issuer_validity().half())
+        } else {
+            due
+        }
+    }
+}
+
+fn identity(
+    authority: &Authority,
+    config: &Config,
+    metrics: &Metrics,
+    now: SystemTime,
+) -> Result<Identity, CaError> {
+    let subject = Subject { id: SpiffeId::Control(config.trust_domain.clone()), pod: None };
+    let key = KeyPair::generate()?;
+    let mut issued = authority.issue(&subject, &key, config.node_lifetime, now)?;
+    issued.chain.push(authority.root().clone());
+    let key = PrivateKeyDer::Pkcs8(key.serialize_der().into());
+    let key =
+        certified_key(issued.chain, key).map_err(|error| CaError::Unusable(error.to_string()))?;
+    metrics.issued(Kind::Control);
+    let life = issued.leaf.not_after.duration_since(now).unwrap_or_default();
+    Ok(Identity { key, renew: now + life / 2 })
+}
+
+fn log_changes(before: &View, after: &View) {
+    let changes = before.registry.changes(&after.registry);
+    for workload in changes.added {
+        tracing::info!(uid = workload.uid, node = workload.node, "workload registered");
+    }
+    for workload in changes.changed {
+        tracing::info!(uid = workload.uid, node = workload.node, "workload changed");
+    }
+    for workload in changes.removed {
+        tracing::info!(uid = workload.uid, node = workload.node, "workload deregistered");
+    }
+    let new_in_bundle =
+        after.bundle_problems.iter().filter(|p| !before.bundle_problems.contains(p));
+    let new_dirs = after.unreadable.iter().filter(|p| !before.unreadable.contains(p));
+    for problem in changes.problems.into_iter().chain(new_in_bundle).chain(new_dirs) {
+        tracing::warn!(file = problem.file, reason = problem.reason, "no effect");
+    }
+    if before.bundle.roots != after.bundle.roots {
+        let roots: Vec<_> = after.bundle.fingerprints().iter().map(ToString::to_string).collect();
+        tracing::info!(?roots, "trust bundle");
+    }
+}
+
+/// The form in which certificates are judged.
+pub(crate) fn unix(time: SystemTime) -> UnixTime {
+    UnixTime::since_unix_epoch(time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default())
+}

@@ -1,0 +1,150 @@
+//! Counters, for `/metrics` and `status`.
+
+use std::collections::BTreeMap;
+
+use mesh_common::svid::Kind;
+use prometheus_client::{
+    encoding::text::encode,
+    metrics::{counter::Counter, family::Family, gauge::Gauge},
+    registry::Registry,
+};
+
+use crate::refusal::Reason;
+
+type Label = [(&'static str, &'static str); 1];
+
+/// Everything that is counted. Reading it costs nothing but the atomics.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    issued: Family<Label, Counter>,
+    refused: Family<Label, Counter>,
+    gauges: Gauges,
+}
+
+/// What is so at the moment: set before each scrape.
+#[derive(Clone, Debug, Default)]
+pub struct Gauges {
+    /// Nodes with an open stream of snapshots.
+    pub agents_connected: Gauge,
+    /// Those that have not acknowledged the present snapshot.
+    pub agents_out_of_sync: Gauge,
+    /// Workloads in force.
+    pub workloads: Gauge,
+    /// Files of the registry and the trust bundle that have no effect.
+    pub problems: Gauge,
+    /// The present snapshot.
+    pub snapshot_version: Gauge,
+    /// When the root ends, in seconds since 1970.
+    pub root_not_after: Gauge,
+    /// When the issuing CA ends, in seconds since 1970.
+    pub issuer_not_after: Gauge,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let mut registry = Registry::with_prefix("nodemesh_control");
+        let (issued, refused) = (Family::default(), Family::default());
+        registry.register("certificates_issued", "Certificates issued", Family::clone(&issued));
+        registry.register("refusals", "Requests and handshakes refused", Family::clone(&refused));
+        let gauges = Gauges::default();
+        for (name, help, gauge) in [
+            ("agents_connected", "Nodes with an open stream", &gauges.agents_connected),
+            (
+                "agents_out_of_sync",
+                "Connected nodes that have not acknowledged the present snapshot",
+                &gauges.agents_out_of_sync,
+            ),
+            ("workloads", "Workloads in force", &gauges.workloads),
+            (
+                "configuration_problems",
+                "Files of the registry and the trust bundle that have no effect",
+                &gauges.problems,
+            ),
+            ("snapshot_version", "Version of the present snapshot", &gauges.snapshot_version),
+            (
+                "root_not_after_timestamp_seconds",
+                "When the root ends, in seconds since 1970",
+                &gauges.root_not_after,
+            ),
+            (
+                "issuer_not_after_timestamp_seconds",
+                "When the issuing CA ends, in seconds since 1970",
+                &gauges.issuer_not_after,
+            ),
+        ] {
+            registry.register(name, help, gauge.clone());
+        }
+        let metrics = Self { registry, issued, refused, gauges };
+        // A series that begins at its first event shows no increase for it.
+        for kind in KINDS {
+            drop(metrics.issued.get_or_create(&kind_label(kind)));
+        }
+        for reason in Reason::ALL {
+            drop(metrics.refused.get_or_create(&reason_label(reason)));
+        }
+        metrics
+    }
+}
+
+const KINDS: [Kind; 3] = [Kind::Workload, Kind::Node, Kind::Control];
+
+const fn kind_name(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Workload => "workload",
+        Kind::Node => "node",
+        Kind::Control => "control",
+    }
+}
+
+const fn kind_label(kind: Kind) -> Label {
+    [("kind", kind_name(kind))]
+}
+
+const fn reason_label(reason: Reason) -> Label {
+    [("reason", reason.name())]
+}
+
+impl Metrics {
+    /// Counts a certificate.
+    pub fn issued(&self, kind: Kind) {
+        self.issued.get_or_create(&kind_label(kind)).inc();
+    }
+
+    /// Counts a refusal.
+    pub fn refused(&self, reason: Reason) {
+        self.refused.get_or_create(&reason_label(reason)).inc();
+    }
+
+    /// Certificates issued since the start, by kind.
+    pub fn issued_by_kind(&self) -> BTreeMap<String, u64> {
+        let count = |kind| self.issued.get_or_create(&kind_label(kind)).get();
+        KINDS.map(|kind| (kind_name(kind).to_owned(), count(kind))).into()
+    }
+
+    /// Refusals since the start, by reason, without those that never happened.
+    pub fn refused_by_reason(&self) -> BTreeMap<String, u64> {
+        let count = |reason| self.refused.get_or_create(&reason_label(reason)).get();
+        Reason::ALL
+            .into_iter()
+            .map(|reason| (reason.name().to_owned(), count(reason)))
+            .filter(|(_, count)| *count > 0)
+            .collect()
+    }
+
+    /// The values that are so at the moment.
+    pub const fn gauges(&self) -> &Gauges {
+        &self.gauges
+    }
+
+    /// The text of `/metrics`.
+    ///
+    /// # Errors
+    ///
+    /// If a value cannot be formatted, which does not happen with those above.
+    pub fn encode(&self) -> Result<String, std::fmt::Error> {
+        let mut text = String::new();
+        encode(&mut text, &self.registry)?;
+        Ok(text)
+    }
+}

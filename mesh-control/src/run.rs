@@ -1,0 +1,118 @@
+//! The server: puts the parts together and ends them in order.
+
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use anyhow::Context as _;
+use nix::fcntl::{Flock, FlockArg};
+use tokio::{
+    net::TcpListener,
+    signal::unix::{SignalKind, signal},
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{admin, config::Config, control::Control, files, http, server, watch};
+
+/// How long calls in flight may take to end.
+const DRAIN: Duration = Duration::from_secs(5);
+
+/// Renewals are looked at this often at least: the clock may have been set.
+const MAINTENANCE: Duration = Duration::from_secs(60);
+
+/// How soon a failed renewal is tried again.
+const RETRY: Duration = Duration::from_secs(5);
+
+/// Runs the server until SIGTERM or SIGINT.
+///
+/// # Errors
+///
+/// What keeps it from starting, or made it end.
+pub async fn run(config: Config) -> anyhow::Result<()> {
+    files::private_dir(&config.state_dir)
+        .with_context(|| format!("state_dir {}", config.state_dir.display()))?;
+    let _lock = lock(&config)?;
+    let control = Arc::new(Control::open(config, SystemTime::now())?);
+    let config = control.config();
+    let shutdown = CancellationToken::new();
+    stop_on_signal(shutdown.clone())?;
+
+    let listener = TcpListener::bind(config.listen)
+        .await
+        .with_context(|| format!("listening on {} (`listen`)", config.listen))?;
+    let http_listener = TcpListener::bind(config.http_listen)
+        .await
+        .with_context(|| format!("listening on {} (`http_listen`)", config.http_listen))?;
+    let admin_listener = admin::bind(&config.admin_socket)
+        .await
+        .with_context(|| format!("admin_socket {}", config.admin_socket.display()))?;
+
+    let reloading = Arc::clone(&control);
+    let dirs = vec![config.registry_dir(), config.bundle_dir()];
+    tokio::spawn(watch::watch(dirs, move || reloading.reload()));
+    tokio::spawn(maintain(Arc::clone(&control)));
+    let admin = tokio::spawn(admin::serve(Arc::clone(&control), admin_listener, shutdown.clone()));
+    let http = tokio::spawn(http::serve(Arc::clone(&control), http_listener, shutdown.clone()));
+    let agents = tokio::spawn(server::serve(Arc::clone(&control), listener, shutdown.clone()));
+    tracing::info!(
+        trust_domain = %config.trust_domain,
+        listen = %config.listen,
+        root = %mesh_common::svid::Fingerprint::of(control.authority().root()),
+        version = env!("CARGO_PKG_VERSION"),
+        "serving"
+    );
+
+    tokio::select! {
+        result = agents => result?.context("serving agents")?,
+        result = admin => result?.context("serving the admin socket")?,
+        result = http => result?.context("serving HTTP")?,
+        () = drained(&shutdown) => tracing::warn!("calls in flight were cut off"),
+    }
+    tracing::info!("stopped");
+    Ok(())
+}
+
+/// Two servers on one state directory would use one token twice.
+fn lock(config: &Config) -> anyhow::Result<Flock<std::fs::File>> {
+    let path = config.state_dir.join("lock");
+    let file = std::fs::OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)
+        .with_context(|| path.display().to_string())?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| {
+        anyhow::anyhow!("{}: another mesh-control is running here ({error})", path.display())
+    })
+}
+
+fn stop_on_signal(shutdown: CancellationToken) -> anyhow::Result<()> {
+    let mut term = signal(SignalKind::terminate())?;
+    let mut int = signal(SignalKind::interrupt())?;
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = term.recv() => {}
+            _ = int.recv() => {}
+        }
+        tracing::info!("stopping");
+        shutdown.cancel();
+    });
+    Ok(())
+}
+
+async fn drained(shutdown: &CancellationToken) {
+    shutdown.cancelled().await;
+    tokio::time::sleep(DRAIN).await;
+}
+
+async fn maintain(control: Arc<Control>) {
+    loop {
+        let work = Arc::clone(&control);
+        let due = tokio::task::spawn_blocking(move || work.maintain(SystemTime::now())).await;
+        let wait = due.map_or(RETRY, |due| {
+            due.duration_since(SystemTime::now()).unwrap_or(RETRY).min(MAINTENANCE)
+        });
+        tokio::time::sleep(wait).await;
+    }
+}

@@ -1,0 +1,237 @@
+//! The gRPC calls: each one finds out who asks, lets [`Control`] decide, and counts refusals.
+
+use std::{
+    pin::Pin,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use futures::Stream;
+use mesh_common::api::{
+    self, control_plane_server::ControlPlane, watch_request::Message as WatchMessage,
+};
+use rustls::pki_types::CertificateDer;
+use tokio::{sync::mpsc, time::timeout};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::{
+    ca::Issued,
+    control::Control,
+    refusal::Refusal,
+    server::Peer,
+    sessions::{Handle, Session},
+};
+
+/// How long an agent that opens a stream may take to say who it is.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// An agent's text that is kept or logged is cut to this many characters.
+const MAX_TEXT: usize = 512;
+
+/// The service.
+#[derive(Clone, Debug)]
+pub struct Service {
+    control: Arc<Control>,
+    shutdown: CancellationToken,
+}
+
+impl Service {
+    /// A service that ends its streams at `shutdown`.
+    pub const fn new(control: Arc<Control>, shutdown: CancellationToken) -> Self {
+        Self { control, shutdown }
+    }
+
+    /// Runs what may block on the file system, and reports what was refused.
+    async fn decide<T: Send + 'static>(
+        &self,
+        peer: &Peer,
+        call: &'static str,
+        decision: impl FnOnce(&Control, &Peer) -> Result<T, Refusal> + Send + 'static,
+    ) -> Result<T, Status> {
+        let (control, caller) = (Arc::clone(&self.control), peer.clone());
+        tokio::task::spawn_blocking(move || decision(&control, &caller))
+            .await
+            .map_err(|_| Status::internal("the control plane failed: see its log"))?
+            .map_err(|refusal| self.refuse(peer, call, &refusal))
+    }
+
+    fn refuse(&self, peer: &Peer, call: &'static str, refusal: &Refusal) -> Status {
+        self.control.metrics.refused(refusal.reason());
+        let reason = refusal.reason().name();
+        tracing::warn!(address = %peer.address, call, reason, error = %refusal, "refused");
+        refusal.status()
+    }
+}
+
+fn peer<T>(request: &Request<T>) -> Result<Peer, Status> {
+    let peer = request.extensions().get::<Peer>().cloned();
+    peer.ok_or_else(|| Status::internal("a call without a connection"))
+}
+
+/// The name of the node that calls.
+fn node(control: &Control, peer: &Peer) -> Result<String, Refusal> {
+    control.authenticate(peer.chain.as_deref(), SystemTime::now()).map(|(node, _)| node)
+}
+
+fn der(chain: &[CertificateDer<'static>]) -> Vec<Vec<u8>> {
+    chain.iter().map(|certificate| certificate.to_vec()).collect()
+}
+
+fn node_certificate(control: &Control, issued: &Issued) -> api::NodeCertificate {
+    let bundle = Some(control.view().bundle.to_api());
+    api::NodeCertificate { chain: der(&issued.chain), bundle }
+}
+
+fn cut(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).take(MAX_TEXT).collect()
+}
+
+#[tonic::async_trait]
+impl ControlPlane for Service {
+    type WatchStream = Pin<Box<dyn Stream<Item = Result<api::Snapshot, Status>> + Send>>;
+
+    async fn join(
+        &self,
+        request: Request<api::JoinRequest>,
+    ) -> Result<Response<api::NodeCertificate>, Status> {
+        let (peer, request) = (peer(&request)?, request.into_inner());
+        self.decide(&peer, "join", move |control, _| {
+            let issued = control.join(&request.token, &request.csr, SystemTime::now())?;
+            Ok(node_certificate(control, &issued))
+        })
+        .await
+        .map(Response::new)
+    }
+
+    async fn renew_node(
+        &self,
+        request: Request<api::RenewNodeRequest>,
+    ) -> Result<Response<api::NodeCertificate>, Status> {
+        let (peer, request) = (peer(&request)?, request.into_inner());
+        self.decide(&peer, "renew-node", move |control, peer| {
+            let node = node(control, peer)?;
+            let issued = control.renew_node(node, &request.csr, SystemTime::now())?;
+            Ok(node_certificate(control, &issued))
+        })
+        .await
+        .map(Response::new)
+    }
+
+    async fn issue_svid(
+        &self,
+        request: Request<api::IssueSvidRequest>,
+    ) -> Result<Response<api::IssueSvidResponse>, Status> {
+        let (peer, request) = (peer(&request)?, request.into_inner());
+        self.decide(&peer, "issue-svid", move |control, peer| {
+            let node = node(control, peer)?;
+            let uid = cut(&request.pod_uid);
+            let issued = control.issue_svid(&node, &uid, &request.csr, SystemTime::now())?;
+            Ok(api::IssueSvidResponse { chain: der(&issued.chain) })
+        })
+        .await
+        .map(Response::new)
+    }
+
+    async fn watch(
+        &self,
+        request: Request<Streaming<api::WatchRequest>>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
+        let (peer, mut requests) = (peer(&request)?, request.into_inner());
+        let node = self.decide(&peer, "watch", node).await?;
+        // One: an agent that does not read has one snapshot on the way, and then the newest.
+        let (sender, receiver) = mpsc::channel(1);
+        let service = self.clone();
+        tokio::spawn(async move {
+            let result = service.stream(&peer, &node, &mut requests, &sender).await;
+            let status = match result {
+                Ok(()) => return tracing::info!(node, "agent disconnected"),
+                Err(status) => status,
+            };
+            tracing::info!(node, reason = status.message(), "stream ended");
+            // Nobody may be there to be told.
+            drop(sender.send(Err(status)).await);
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+}
+
+impl Service {
+    async fn stream(
+        &self,
+        peer: &Peer,
+        node: &str,
+        requests: &mut Streaming<api::WatchRequest>,
+        sender: &mpsc::Sender<Result<api::Snapshot, Status>>,
+    ) -> Result<(), Status> {
+        let first = timeout(HELLO_TIMEOUT, requests.message())
+            .await
+            .map_err(|_| Status::deadline_exceeded("no Hello"))??;
+        let Some(api::WatchRequest { message: Some(WatchMessage::Hello(hello)) }) = first else {
+            return Err(Status::invalid_argument("the first message must be a Hello"));
+        };
+        let end = CancellationToken::new();
+        let agent_version = cut(&hello.agent_version);
+        tracing::info!(node, address = %peer.address, agent_version, "agent connected");
+        let session = Session::new(peer.address, agent_version, SystemTime::now(), end.clone());
+        let session = self.control.sessions.open(node, session);
+        let mut snapshots = self.control.publisher().subscribe();
+        loop {
+            tokio::select! {
+                () = self.shutdown.cancelled() => {
+                    return Err(Status::unavailable("the control plane is shutting down"));
+                }
+                () = end.cancelled() => {
+                    return Err(Status::aborted("the node has opened another stream, or joined again"));
+                }
+                answer = requests.message() => match answer? {
+                    Some(answer) => note(&session, node, answer)?,
+                    None => return Ok(()),
+                },
+                place = next(&mut snapshots, sender) => {
+                    let Some(place) = place else { return Ok(()) };
+                    // The change may have been that this agent's root is trusted no more.
+                    self.decide(peer, "watch", self::node).await?;
+                    let snapshot = snapshots.borrow_and_update().as_ref().clone();
+                    let sent = Some((snapshot.version, SystemTime::now()));
+                    session.update(|session| session.sent = sent);
+                    place.send(Ok(snapshot));
+                }
+            }
+        }
+    }
+}
+
+/// A snapshot that was not sent yet, and room for it.
+async fn next<'a, T>(
+    snapshots: &mut tokio::sync::watch::Receiver<Arc<api::Snapshot>>,
+    sender: &'a mpsc::Sender<T>,
+) -> Option<mpsc::Permit<'a, T>> {
+    let place = sender.reserve().await.ok()?;
+    // The last await, so that a change that was seen cannot be lost by dropping this future.
+    snapshots.changed().await.ok()?;
+    Some(place)
+}
+
+fn note(session: &Handle<'_>, node: &str, answer: api::WatchRequest) -> Result<(), Status> {
+    match answer.message {
+        Some(WatchMessage::Ack(api::Ack { version })) => session.update(|session| {
+            if session.sent.is_some_and(|(sent, _)| version <= sent) {
+                session.acknowledged = Some(version);
+                session.refused = session.refused.take().filter(|(refused, _)| *refused > version);
+            }
+        }),
+        Some(WatchMessage::Nack(api::Nack { version, error })) => {
+            let error = cut(&error);
+            tracing::warn!(node, version, error, "the agent cannot use the snapshot");
+            session.update(|session| session.refused = Some((version, error)));
+        }
+        Some(WatchMessage::Hello(_)) => {
+            return Err(Status::invalid_argument("a second Hello"));
+        }
+        // From a newer agent.
+        None => {}
+    }
+    Ok(())
+}

@@ -1,0 +1,113 @@
+//! What agents are told, numbered.
+
+use std::{io, path::Path, sync::Arc};
+
+use mesh_common::{api, svid::TrustBundle};
+use tokio::sync::watch;
+
+use crate::{files, registry::Registry};
+
+/// Every start of the server takes a block of this many versions.
+const BLOCK: u64 = 1 << 32;
+
+/// The present snapshot. Whoever watches it sees the newest, never a queue of old ones.
+#[derive(Debug)]
+pub struct Publisher(watch::Sender<Arc<api::Snapshot>>);
+
+impl Publisher {
+    /// Begins with an empty snapshot, whose version is higher than any of an earlier start.
+    ///
+    /// # Errors
+    ///
+    /// If the number of the start cannot be kept, or was damaged.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        let starts = match files::read_optional(path)? {
+            Some(text) => text.trim().parse::<u32>().map_err(io::Error::other)?,
+            None => 0,
+        };
+        let starts = starts.checked_add(1).ok_or_else(|| io::Error::other("too many starts"))?;
+        files::replace(path, format!("{starts}\n").as_bytes())?;
+        let version = u64::from(starts) * BLOCK;
+        Ok(Self(watch::Sender::new(Arc::new(api::Snapshot { version, ..Default::default() }))))
+    }
+
+    /// Publishes a snapshot under the next version, if it differs from the present one.
+    pub fn publish(
+        &self,
+        bundle: &TrustBundle,
+        registry: &Registry,
+        settings: api::Settings,
+    ) -> bool {
+        let bundle = Some(bundle.to_api());
+        let workloads = registry.workloads().map(super::registry::Workload::to_api).collect();
+        let mut next = api::Snapshot { version: 0, bundle, workloads, settings: Some(settings) };
+        self.0.send_if_modified(|present| {
+            next.version = present.version;
+            if next == **present {
+                return false;
+            }
+            next.version += 1;
+            *present = Arc::new(next);
+            true
+        })
+    }
+
+    /// The version that agents should have.
+    pub fn version(&self) -> u64 {
+        self.0.borrow().version
+    }
+
+    /// Sees the present snapshot and every later one, but those that were overtaken.
+    pub fn subscribe(&self) -> watch::Receiver<Arc<api::Snapshot>> {
+        let mut receiver = self.0.subscribe();
+        receiver.mark_changed();
+        receiver
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustls::pki_types::CertificateDer;
+
+    use super::*;
+
+    fn publish(publisher: &Publisher, root: u8) -> (bool, u64) {
+        let roots = vec![CertificateDer::from(vec![root])];
+        let bundle = TrustBundle { trust_domain: "mesh.example".parse().unwrap(), roots };
+        let settings = api::Settings { svid_lifetime_seconds: 10 };
+        (publisher.publish(&bundle, &Registry::default(), settings), publisher.version())
+    }
+
+    #[test]
+    fn versions_grow_with_changes_and_only_with_changes() {
+        let dir = tempfile::tempdir().unwrap();
+        let publisher = Publisher::open(&dir.path().join("starts")).unwrap();
+        let (changed, first) = publish(&publisher, 1);
+        assert!(changed);
+        assert_eq!(publish(&publisher, 1), (false, first));
+        assert_eq!(publish(&publisher, 2), (true, first + 1));
+        let again = Publisher::open(&dir.path().join("starts")).unwrap();
+        assert!(publish(&again, 2).1 > first + 1);
+    }
+
+    #[test]
+    fn a_slow_watcher_sees_the_newest_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let publisher = Publisher::open(&dir.path().join("starts")).unwrap();
+        let mut receiver = publisher.subscribe();
+        for root in 0..9 {
+            publish(&publisher, root);
+        }
+        assert!(receiver.has_changed().unwrap());
+        assert_eq!(receiver.borrow_and_update().version, publisher.version());
+        assert!(!receiver.has_changed().unwrap());
+    }
+
+    #[test]
+    fn a_damaged_number_is_not_guessed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("starts");
+        std::fs::write(&path, "x").unwrap();
+        Publisher::open(&path).unwrap_err();
+    }
+}

@@ -1,0 +1,225 @@
+//! What `mesh-control status` shows: gathered and judged in the server, printed by the command.
+//!
+//! The JSON is documented in `docs/control.md`; keys are added, never renamed or removed.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::{self, Write as _},
+    time::{Duration, SystemTime},
+};
+
+use mesh_common::svid::Fingerprint;
+use serde::{Deserialize, Serialize};
+use time::OffsetDateTime;
+
+use crate::{ca::Validity, control::Control, registry::Problem, sessions::Session};
+
+/// How long an agent may take to use a new snapshot.
+const SYNC: Duration = Duration::from_secs(10);
+
+/// The state of the control plane.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// Of mesh-control.
+    pub version: String,
+    /// The trust domain.
+    pub trust_domain: String,
+    /// Since the start.
+    pub uptime_seconds: u64,
+    /// Empty if all is well.
+    pub degraded: Vec<String>,
+    /// The certificate authority.
+    pub ca: CaStatus,
+    /// The SHA-256 of every root that agents are told to trust.
+    pub trust_bundle: Vec<String>,
+    /// The version of the present snapshot.
+    pub snapshot_version: u64,
+    /// Workloads in force.
+    pub workloads: u64,
+    /// Files of the registry that have no effect.
+    pub registry_problems: Vec<Problem>,
+    /// Files of roots that have no effect.
+    pub bundle_problems: Vec<Problem>,
+    /// Agents that are connected, by node.
+    pub agents: BTreeMap<String, AgentStatus>,
+    /// Nodes that have workloads, but whose agent is not connected.
+    pub nodes_without_agent: Vec<String>,
+    /// Join tokens that can still be used.
+    pub open_tokens: u64,
+    /// Certificates issued since the start, by kind.
+    pub issued: BTreeMap<String, u64>,
+    /// Refusals since the start, by reason.
+    pub refused: BTreeMap<String, u64>,
+}
+
+/// The certificate authority.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CaStatus {
+    /// The SHA-256 of the root.
+    pub root_fingerprint: String,
+    /// When the root ends.
+    #[serde(with = "time::serde::rfc3339")]
+    pub root_not_after: OffsetDateTime,
+    /// When the issuing CA ends.
+    #[serde(with = "time::serde::rfc3339")]
+    pub issuer_not_after: OffsetDateTime,
+    /// Whether the issuing CA is renewed without the operator.
+    pub issuer_renews_itself: bool,
+}
+
+/// One connected agent.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AgentStatus {
+    /// Where it connects from.
+    pub address: String,
+    /// Of mesh-agent.
+    pub agent_version: String,
+    /// For how long.
+    pub connected_seconds: u64,
+    /// The newest snapshot that it uses.
+    pub acknowledged_version: Option<u64>,
+    /// Whether that is the present one.
+    pub in_sync: bool,
+    /// Why it could not use the last one that it refused.
+    pub last_error: Option<String>,
+}
+
+/// Gathers and judges.
+pub fn gather(control: &Control, now: SystemTime) -> Status {
+    let view = control.view();
+    let snapshot_version = control.publisher().version();
+    let sessions = control.sessions.list();
+    let connected: BTreeSet<_> = sessions.iter().map(|(node, _)| node.as_str()).collect();
+    let nodes: BTreeSet<_> = view.registry.workloads().map(|w| w.node.as_str()).collect();
+    let nodes_without_agent: Vec<_> =
+        nodes.difference(&connected).map(|node| (*node).to_owned()).collect();
+
+    let authority = control.authority();
+    let (root, issuer) = (authority.root_validity(), authority.issuer_validity());
+    let mut degraded = Vec::new();
+    degraded.extend(ending("the root", root, 10, now));
+    degraded.extend(ending("the issuing CA", issuer, 4, now));
+    degraded.extend(
+        control
+            .maintenance_error()
+            .map(|error| format!("the control plane's certificates cannot be renewed: {error}")),
+    );
+    let problems = view.unreadable.iter().chain(view.registry.problems());
+    degraded.extend(problems.chain(&view.bundle_problems).map(Problem::to_string));
+    degraded
+        .extend(sessions.iter().filter_map(|(node, s)| lagging(node, s, snapshot_version, now)));
+    degraded.extend(nodes_without_agent.iter().map(|node| {
+        format!("node {node}: workloads are registered there, but its agent is not connected")
+    }));
+
+    Status {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        trust_domain: control.config().trust_domain.to_string(),
+        uptime_seconds: seconds(control.started, now),
+        degraded,
+        ca: CaStatus {
+            root_fingerprint: Fingerprint::of(authority.root()).to_string(),
+            root_not_after: root.not_after.into(),
+            issuer_not_after: issuer.not_after.into(),
+            issuer_renews_itself: authority.renews_itself(),
+        },
+        trust_bundle: view.bundle.fingerprints().iter().map(ToString::to_string).collect(),
+        snapshot_version,
+        workloads: view.registry.workloads().len() as u64,
+        registry_problems: view.registry.problems().to_vec(),
+        bundle_problems: view.bundle_problems.clone(),
+        agents: sessions
+            .into_iter()
+            .map(|(node, session)| (node, agent(session, snapshot_version, now)))
+            .collect(),
+        nodes_without_agent,
+        open_tokens: control.tokens().open_count(now) as u64,
+        issued: control.metrics.issued_by_kind(),
+        refused: control.metrics.refused_by_reason(),
+    }
+}
+
+fn seconds(from: SystemTime, to: SystemTime) -> u64 {
+    to.duration_since(from).unwrap_or_default().as_secs()
+}
+
+/// Whether less than one part in `parts` of a certificate's life is left.
+fn ending(what: &str, validity: Validity, parts: u32, now: SystemTime) -> Option<String> {
+    let life = validity.not_after.duration_since(validity.not_before).unwrap_or_default();
+    let left = validity.not_after.duration_since(now).unwrap_or_default();
+    let when = OffsetDateTime::from(validity.not_after).date();
+    (left < life / parts).then(|| format!("{what} ends on {when}: replace it in time"))
+}
+
+fn lagging(node: &str, session: &Session, version: u64, now: SystemTime) -> Option<String> {
+    if let Some((refused, error)) = &session.refused {
+        return Some(format!("node {node}: cannot use snapshot {refused}: {error}"));
+    }
+    let since = session.sent.map_or(session.connected, |(_, at)| at);
+    let late = now.duration_since(since).unwrap_or_default() > SYNC;
+    (session.acknowledged != Some(version) && late)
+        .then(|| format!("node {node}: has not acknowledged snapshot {version}"))
+}
+
+fn agent(session: Session, version: u64, now: SystemTime) -> AgentStatus {
+    AgentStatus {
+        address: session.address.to_string(),
+        connected_seconds: seconds(session.connected, now),
+        in_sync: session.acknowledged == Some(version),
+        acknowledged_version: session.acknowledged,
+        last_error: session.refused.map(|(_, error)| error),
+        agent_version: session.agent_version,
+    }
+}
+
+/// Brings the gauges of `/metrics` up to date.
+pub fn update_gauges(control: &Control, now: SystemTime) {
+    let status = gather(control, now);
+    let count = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
+    let gauges = control.metrics.gauges();
+    gauges.agents_connected.set(count(status.agents.len()));
+    gauges.agents_out_of_sync.set(count(status.agents.values().filter(|a| !a.in_sync).count()));
+    gauges.workloads.set(i64::try_from(status.workloads).unwrap_or(i64::MAX));
+    gauges.problems.set(count(status.registry_problems.len() + status.bundle_problems.len()));
+    gauges.snapshot_version.set(i64::try_from(status.snapshot_version).unwrap_or(i64::MAX));
+    gauges.root_not_after.set(status.ca.root_not_after.unix_timestamp());
+    gauges.issuer_not_after.set(status.ca.issuer_not_after.unix_timestamp());
+}
+
+impl fmt::Display for Status {
+    /// For a person.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let age = |seconds| humantime::format_duration(Duration::from_secs(seconds)).to_string();
+        let list = |counts: &BTreeMap<String, u64>| {
+            let items: Vec<_> = counts.iter().map(|(what, n)| format!("{what} {n}")).collect();
+            if items.is_empty() { "none".to_owned() } else { items.join(", ") }
+        };
+        writeln!(f, "mesh-control {}  up {}", self.version, age(self.uptime_seconds))?;
+        let health = if self.degraded.is_empty() { "healthy" } else { "DEGRADED" };
+        writeln!(f, "state         {health}")?;
+        for reason in &self.degraded {
+            writeln!(f, "  ! {reason}")?;
+        }
+        writeln!(f, "trust domain  {}", self.trust_domain)?;
+        writeln!(f, "root          {}", self.ca.root_fingerprint)?;
+        writeln!(f, "              until {}", self.ca.root_not_after)?;
+        let by = if self.ca.issuer_renews_itself { "itself" } else { "the operator" };
+        writeln!(f, "issuing CA    until {}, renewed by {by}", self.ca.issuer_not_after)?;
+        writeln!(f, "trust bundle  {} root(s)", self.trust_bundle.len())?;
+        writeln!(f, "snapshot      {}, {} workload(s)", self.snapshot_version, self.workloads)?;
+        writeln!(f, "issued        {}", list(&self.issued))?;
+        writeln!(f, "refused       {}", list(&self.refused))?;
+        writeln!(f, "join tokens   {} open", self.open_tokens)?;
+        writeln!(f, "agents        {} connected", self.agents.len())?;
+        for (node, agent) in &self.agents {
+            let mut line = format!("  {node}  {}  {}", agent.address, agent.agent_version);
+            write!(line, "  up {}", age(agent.connected_seconds))?;
+            let sync = if agent.in_sync { "in sync" } else { "OUT OF SYNC" };
+            match agent.acknowledged_version {
+                Some(version) => writeln!(f, "{line}  snapshot {version} ({sync})")?,
+                None => writeln!(f, "{line}  no snapshot yet")?,
+            }
+        }
+        Ok(())
+    }
+}
