@@ -1,5 +1,5 @@
 //! What agents get from the control plane, and what they do not, over real TLS.
-#![expect(missing_docs, reason = "tests")]
+#![expect(clippy::unwrap_used, reason = "a test ends where it fails")]
 
 mod support;
 

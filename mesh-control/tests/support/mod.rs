@@ -31,25 +31,25 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
-pub type Client = ControlPlaneClient<Channel>;
+pub(crate) type Client = ControlPlaneClient<Channel>;
 
 /// A control plane, with everything it needs in one directory.
-pub struct Lab {
+pub(crate) struct Lab {
     dir: Arc<tempfile::TempDir>,
     more: String,
-    pub control: Arc<Control>,
-    pub address: SocketAddr,
+    pub(crate) control: Arc<Control>,
+    pub(crate) address: SocketAddr,
     shutdown: CancellationToken,
     tasks: Vec<JoinHandle<()>>,
 }
 
 impl Lab {
-    pub async fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         Self::start_with("").await
     }
 
     /// With further lines of configuration.
-    pub async fn start_with(more: &str) -> Self {
+    pub(crate) async fn start_with(more: &str) -> Self {
         Self::start_in(Arc::new(tempfile::tempdir().unwrap()), more.to_owned()).await
     }
 
@@ -74,24 +74,24 @@ impl Lab {
     }
 
     /// Ends the server and starts another on the same directory.
-    pub async fn restart(mut self) -> Self {
+    pub(crate) async fn restart(mut self) -> Self {
         self.shutdown.cancel();
         self.tasks.remove(0).await.unwrap();
         self.tasks.remove(0).abort();
         Self::start_in(Arc::clone(&self.dir), self.more.clone()).await
     }
 
-    pub fn state(&self, path: &str) -> PathBuf {
+    pub(crate) fn state(&self, path: &str) -> PathBuf {
         self.dir.path().join("state").join(path)
     }
 
-    pub fn token(&self, node: &str) -> String {
+    pub(crate) fn token(&self, node: &str) -> String {
         let ttl = Duration::from_secs(60);
         self.control.create_token(node, ttl, SystemTime::now()).unwrap()
     }
 
     /// Registers a pod by a file, and waits until it is in force.
-    pub async fn register(&self, uid: &str, node: &str, address: &str) {
+    pub(crate) async fn register(&self, uid: &str, node: &str, address: &str) {
         let text = format!(
             "uid: {uid}\nname: {uid}-name\nnamespace: shop\nservice_account: cart\nnode: {node}\n\
              addresses: [{address}]\n"
@@ -101,17 +101,17 @@ impl Lab {
     }
 
     /// A node that has joined.
-    pub async fn node(&self, name: &str) -> Node {
+    pub(crate) async fn node(&self, name: &str) -> Node {
         join(self.address, &self.token(name)).await.unwrap()
     }
 
-    pub fn refused(&self, reason: &str) -> u64 {
+    pub(crate) fn refused(&self, reason: &str) -> u64 {
         self.control.metrics.refused_by_reason().get(reason).copied().unwrap_or_default()
     }
 }
 
 /// Waits for a condition, but not for ever.
-pub async fn until(condition: impl Fn() -> bool) {
+pub(crate) async fn until(condition: impl Fn() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(20);
     while !condition() {
         assert!(Instant::now() < deadline, "it did not come true");
@@ -120,23 +120,23 @@ pub async fn until(condition: impl Fn() -> bool) {
 }
 
 /// A key with a signing request for it.
-pub fn key_and_csr() -> (KeyPair, Vec<u8>) {
+pub(crate) fn key_and_csr() -> (KeyPair, Vec<u8>) {
     let key = KeyPair::generate().unwrap();
     let csr = CertificateParams::default().serialize_request(&key).unwrap().der().to_vec();
     (key, csr)
 }
 
-pub fn chain(der: Vec<Vec<u8>>) -> Vec<CertificateDer<'static>> {
+pub(crate) fn chain(der: Vec<Vec<u8>>) -> Vec<CertificateDer<'static>> {
     der.into_iter().map(CertificateDer::from).collect()
 }
 
-pub fn identity(der: Vec<Vec<u8>>, key: &KeyPair) -> Arc<CertifiedKey> {
+pub(crate) fn identity(der: Vec<Vec<u8>>, key: &KeyPair) -> Arc<CertifiedKey> {
     let key = PrivateKeyDer::Pkcs8(key.serialize_der().into());
     certified_key(chain(der), key).unwrap()
 }
 
 /// Connects like an agent.
-pub async fn connect(
+pub(crate) async fn connect(
     address: SocketAddr,
     verifier: PeerVerifier,
     identity: Option<Arc<CertifiedKey>>,
@@ -156,21 +156,21 @@ pub async fn connect(
 }
 
 /// Connects like an agent that has nothing but a token.
-pub async fn connect_pinned(address: SocketAddr, token: &str) -> Client {
+pub(crate) async fn connect_pinned(address: SocketAddr, token: &str) -> Client {
     let token: JoinToken = token.parse().unwrap();
     let verifier = PeerVerifier::pinned(token.trust_domain.clone(), token.root);
     connect(address, verifier, None).await.unwrap()
 }
 
 /// A node's agent: its certificate, and a connection made with it.
-pub struct Node {
-    pub client: Client,
-    pub identity: Arc<CertifiedKey>,
-    pub bundle: Arc<TrustBundle>,
+pub(crate) struct Node {
+    pub(crate) client: Client,
+    pub(crate) identity: Arc<CertifiedKey>,
+    pub(crate) bundle: Arc<TrustBundle>,
 }
 
 impl Node {
-    pub async fn svid(&mut self, uid: &str) -> Result<(Arc<CertifiedKey>, KeyPair), Status> {
+    pub(crate) async fn svid(&mut self, uid: &str) -> Result<(Arc<CertifiedKey>, KeyPair), Status> {
         let (key, csr) = key_and_csr();
         let request = api::IssueSvidRequest { pod_uid: uid.to_owned(), csr };
         let response = self.client.issue_svid(request).await?.into_inner();
@@ -179,7 +179,7 @@ impl Node {
 }
 
 /// Joins with a token, and connects with the certificate that it gave.
-pub async fn join(address: SocketAddr, token: &str) -> Result<Node, Status> {
+pub(crate) async fn join(address: SocketAddr, token: &str) -> Result<Node, Status> {
     let mut client = connect_pinned(address, token).await;
     let (key, csr) = key_and_csr();
     let request =
