@@ -10,7 +10,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use super::topology::{POD_RANGE_V4, POD_RANGE_V6};
-use super::{Control, Lab, Node, Pod, Process, binary, http, run_program, until};
+use super::{Control, Lab, Node, Pod, Process, binary, http, json_of, run_program, until};
 
 const HTTP_PORT: u16 = 9465;
 
@@ -124,10 +124,7 @@ impl Agent {
 
     /// `mesh-agent status --json`, whatever the exit status.
     pub fn status(&self) -> Result<Value> {
-        let output = self.command(&["status", "--json"])?.output()?;
-        serde_json::from_slice(&output.stdout).with_context(|| {
-            format!("the status is no JSON: {}", String::from_utf8_lossy(&output.stderr))
-        })
+        json_of(&mut self.command(&["status", "--json"])?)
     }
 
     /// Runs a command of `mesh-agent` against it, and returns what it prints.

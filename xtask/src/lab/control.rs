@@ -4,11 +4,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use serde_json::Value;
 
 use super::topology::CONTROL_ADDRESS;
-use super::{Lab, Netns, Pod, Process, binary, http, run_program, until};
+use super::{Lab, Netns, Pod, Process, binary, http, json_of, run_program, until};
 
 /// The trust domain of every laboratory.
 pub const TRUST_DOMAIN: &str = "lab.test";
@@ -111,16 +111,21 @@ impl Control {
         Ok(self.cli(&["token", "create", "--node", node])?.trim().to_owned())
     }
 
-    /// `mesh-control status --json`.
+    /// `mesh-control status --json`, whatever the exit status.
     pub fn status(&self) -> Result<Value> {
-        serde_json::from_str(&self.cli(&["status", "--json"])?).context("the status is no JSON")
+        json_of(&mut self.command(&["status", "--json"])?)
     }
 
     /// Runs a command of `mesh-control` against it, and returns what it prints.
     pub fn cli(&self, arguments: &[&str]) -> Result<String> {
+        run_program(&mut self.command(arguments)?)
+    }
+
+    /// A command of `mesh-control` against it.
+    pub fn command(&self, arguments: &[&str]) -> Result<Command> {
         let mut command = Command::new(binary("mesh-control")?);
         command.args(arguments).arg("--admin-socket").arg(&self.socket);
-        run_program(&mut command)
+        Ok(command)
     }
 
     fn wait_ready(&mut self) -> Result<()> {

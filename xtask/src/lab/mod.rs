@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use serde_json::Value;
 
 pub mod agent;
 pub mod canary;
@@ -181,6 +182,14 @@ fn run_program(command: &mut Command) -> Result<String> {
         );
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// The JSON that a program prints, whatever its exit status.
+fn json_of(command: &mut Command) -> Result<Value> {
+    let output = command.stdin(Stdio::null()).output()?;
+    serde_json::from_slice(&output.stdout).with_context(|| {
+        format!("{command:?} prints no JSON: {}", String::from_utf8_lossy(&output.stderr))
+    })
 }
 
 /// Removes every laboratory of this process, which is about to end.
