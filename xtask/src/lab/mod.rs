@@ -27,6 +27,7 @@ pub mod mesh;
 pub mod netns;
 pub mod packet;
 pub mod process;
+pub mod raw;
 pub mod stream;
 pub mod tls;
 pub mod topology;
@@ -123,7 +124,8 @@ impl Lab {
         self.state.join("bpf").join(node)
     }
 
-    fn add_namespace(&mut self, role: &str) -> Result<Netns> {
+    /// Adds a namespace with nothing but loopback in it.
+    pub fn add_namespace(&mut self, role: &str) -> Result<Netns> {
         let netns = Netns::create(&format!("{}-{role}", self.name))?;
         self.namespaces.push(netns.clone());
         Ok(netns)

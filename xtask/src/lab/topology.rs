@@ -44,6 +44,7 @@ pub struct Pod {
     node: String,
     v4: Ipv4Addr,
     v6: Ipv6Addr,
+    gateways: [IpAddr; 2],
     netns: Netns,
 }
 
@@ -108,6 +109,11 @@ impl Pod {
     /// Both addresses: what is tested is tested over each.
     pub fn addresses(&self) -> [IpAddr; 2] {
         [self.v4(), self.v6()]
+    }
+
+    /// The addresses of its node that it sends everything to.
+    pub fn gateways(&self) -> [IpAddr; 2] {
+        self.gateways
     }
 
     /// A port on each of its addresses.
@@ -179,13 +185,16 @@ impl Lab {
 
     fn pod_at(&mut self, node: &Node, name: &str, number: u8) -> Result<Pod> {
         let netns = self.add_namespace(&format!("{}-{name}", node.name))?;
-        // The address is written as the table above shows it, digits as they are.
-        let v6 = format!("fd77:{}::{number}", node.number);
+        let n = node.number;
+        // The addresses are written as the table above shows them, digits as they are.
+        let v6 = |host: u8| format!("fd77:{n}::{host}").parse::<Ipv6Addr>();
+        let gateways = [Ipv4Addr::new(10, 77, n, 1).into(), v6(1)?.into()];
         let pod = Pod {
             name: name.to_owned(),
             node: node.name.clone(),
-            v4: Ipv4Addr::new(10, 77, node.number, number),
-            v6: v6.parse().context("making the pod's address")?,
+            v4: Ipv4Addr::new(10, 77, n, number),
+            v6: v6(number)?,
+            gateways,
             netns,
         };
         let peer = pod.peer_device();
@@ -198,13 +207,13 @@ impl Lab {
             )],
         )?;
         node.ip(&[format!("link set dev {peer} master cni0 up")])?;
-        let n = node.number;
+        let [v4, v6] = gateways;
         pod.ip(&[
             format!("addr add {}/24 dev eth0", pod.v4),
             format!("addr add {}/64 dev eth0 nodad", pod.v6),
             "link set eth0 up".to_owned(),
-            format!("route add default via 10.77.{n}.1"),
-            format!("route add ::/0 via fd77:{n}::1"),
+            format!("route add default via {v4}"),
+            format!("route add ::/0 via {v6}"),
         ])?;
         Ok(pod)
     }
