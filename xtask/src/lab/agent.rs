@@ -22,6 +22,7 @@ pub struct Agent {
     config: PathBuf,
     socket: PathBuf,
     runtime: PathBuf,
+    bpffs: PathBuf,
     log: PathBuf,
 }
 
@@ -44,6 +45,7 @@ impl Lab {
         fs::write(&token_file, token)?;
         fs::set_permissions(&token_file, fs::Permissions::from_mode(0o600))?;
         let runtime = directory.join("run");
+        let bpffs = self.bpffs(node.node_name());
         let socket = runtime.join("agent.sock");
         let config = directory.join("config.yaml");
         let text = format!(
@@ -54,12 +56,12 @@ impl Lab {
             token_file.display(),
             runtime.display(),
             pods.display(),
-            self.bpffs(node.node_name()).display(),
+            bpffs.display(),
         );
         fs::write(&config, text)?;
         let log = self.logs().join(format!("agent-{}.log", node.node_name()));
         let process = start(node, &config, &log)?;
-        Ok(Agent { node: node.clone(), process, config, socket, runtime, log })
+        Ok(Agent { node: node.clone(), process, config, socket, runtime, bpffs, log })
     }
 }
 
@@ -106,6 +108,19 @@ impl Agent {
         self.process.signal(Signal::SIGTERM)?;
         self.process.wait()?;
         Ok(())
+    }
+
+    /// Removes everything that it, not running any more, has left in the kernel.
+    pub fn uninstall(&self) -> Result<()> {
+        let mut command = Command::new(binary("mesh-agent")?);
+        command.arg("uninstall").arg("--config").arg(&self.config);
+        self.node.run(|| run_program(&mut command))?;
+        Ok(())
+    }
+
+    /// The directory of its pins.
+    pub fn bpffs(&self) -> &Path {
+        &self.bpffs
     }
 
     /// Enrols a pod, and waits until it has a certificate.

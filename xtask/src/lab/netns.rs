@@ -104,6 +104,12 @@ impl Netns {
             .with_context(|| format!("sysctl {name} in {}", self.name))
     }
 
+    /// Reads a sysctl of the namespace.
+    pub fn sysctl_value(&self, name: &str) -> Result<String> {
+        self.run(|| fs::read_to_string(Path::new("/proc/sys").join(name)))
+            .with_context(|| format!("sysctl {name} in {}", self.name))
+    }
+
     /// The interface index of a device.
     pub fn ifindex(&self, device: &str) -> Result<u32> {
         self.run(|| nix::net::if_::if_nametoindex(device))
