@@ -12,9 +12,9 @@ use std::time::Instant;
 use anyhow::{Context as _, Result, bail, ensure};
 use nix::sys::signal::{SigSet, Signal};
 use tempfile::TempDir;
-use xtask::lab::mesh::{Mesh, Settings};
+use xtask::lab::mesh::Settings;
 use xtask::lab::packet::Segment;
-use xtask::lab::{self, Canary, Pod, Process, Recording, until};
+use xtask::lab::{self, Canary, Mesh, Pod, Process, Recording, until};
 
 /// Short, so that a rotation is soon to be seen.
 const LIFETIMES: &str = "svid_lifetime: 16s";

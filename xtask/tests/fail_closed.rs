@@ -3,14 +3,13 @@
 
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpStream};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
-use xtask::lab::mesh::{Mesh, pods};
+use xtask::lab::mesh::pods;
 use xtask::lab::traffic::{accept, exchange};
-use xtask::lab::{Canary, Pod, Server, until};
+use xtask::lab::{Canary, Load, Mesh, Pod, until};
 
 const PORT: u16 = 8080;
 
@@ -40,68 +39,6 @@ fn expect_error(mut stream: &TcpStream, expected: ErrorKind) -> Result<()> {
             ensure!(error.kind() == expected, "{error} instead of {expected}");
             Ok(())
         }
-    }
-}
-
-/// Clients that exchange a canary with an echo server over new connections, again and again.
-struct Load<'a> {
-    client: &'a Pod,
-    server: &'a Pod,
-    canary: Canary,
-    stop: AtomicBool,
-    succeeded: AtomicU64,
-    failed: AtomicU64,
-}
-
-impl<'a> Load<'a> {
-    fn new(client: &'a Pod, server: &'a Pod) -> Result<(Self, Server)> {
-        let echo = server.echo(PORT)?;
-        let load = Self {
-            client,
-            server,
-            canary: Canary::random(),
-            stop: AtomicBool::new(false),
-            succeeded: AtomicU64::new(0),
-            failed: AtomicU64::new(0),
-        };
-        Ok((load, echo))
-    }
-
-    fn during<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
-        thread::scope(|scope| {
-            for address in self.server.sockets(PORT) {
-                scope.spawn(move || {
-                    while !self.stop.load(Ordering::Relaxed) {
-                        let counter = match self.try_once(address) {
-                            Ok(()) => &self.succeeded,
-                            Err(_) => &self.failed,
-                        };
-                        counter.fetch_add(1, Ordering::Relaxed);
-                    }
-                });
-            }
-            let outcome = work();
-            self.stop.store(true, Ordering::Relaxed);
-            outcome
-        })
-    }
-
-    fn try_once(&self, address: SocketAddr) -> Result<()> {
-        exchange(self.client.connect(address)?, self.canary.bytes())
-    }
-
-    /// Waits for that many more successes.
-    fn wait_for_successes(&self, more: u64) -> Result<()> {
-        let goal = self.succeeded.load(Ordering::Relaxed) + more;
-        until("the load to succeed", || {
-            (self.succeeded.load(Ordering::Relaxed) >= goal).then_some(())
-        })
-    }
-
-    /// Waits for that many more failures.
-    fn wait_for_failures(&self, more: u64) -> Result<()> {
-        let goal = self.failed.load(Ordering::Relaxed) + more;
-        until("the load to fail", || (self.failed.load(Ordering::Relaxed) >= goal).then_some(()))
     }
 }
 
@@ -142,7 +79,7 @@ fn a_stream_cut_by_a_killed_agent_is_reset() -> Result<()> {
 #[test]
 fn killed_under_load_nothing_is_in_the_clear() -> Result<()> {
     let Pair { mut mesh, client, server } = pair("killed_under_load_nothing_is_in_the_clear")?;
-    let (load, _echo) = Load::new(&client, &server)?;
+    let load = Load::new(&client, &server, PORT)?;
     let wire = mesh.lab.capture()?;
     load.during(|| {
         load.wait_for_successes(50)?;
@@ -154,13 +91,13 @@ fn killed_under_load_nothing_is_in_the_clear() -> Result<()> {
         }
         Ok(())
     })?;
-    wire.stop()?.expect_absent(&load.canary)
+    wire.stop()?.expect_absent(load.canary())
 }
 
 #[test]
 fn an_agent_comes_back_without_the_control_plane() -> Result<()> {
     let Pair { mut mesh, client, server } = pair("an_agent_comes_back_without_the_control_plane")?;
-    let (load, _echo) = Load::new(&client, &server)?;
+    let load = Load::new(&client, &server, PORT)?;
     mesh.control.process().kill9()?;
     let wire = mesh.lab.capture()?;
     load.during(|| {
@@ -172,7 +109,7 @@ fn an_agent_comes_back_without_the_control_plane() -> Result<()> {
         }
         Ok(())
     })?;
-    wire.stop()?.expect_absent(&load.canary)
+    wire.stop()?.expect_absent(load.canary())
 }
 
 #[test]

@@ -7,9 +7,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use socket2::{Domain, SockRef, Socket, Type};
-use xtask::lab::mesh::Mesh;
 use xtask::lab::raw::{self, PacketSocket, frame, tcp_packet};
-use xtask::lab::{Canary, Lab, Netns, Node, Pod};
+use xtask::lab::{Canary, Lab, Mesh, Netns, Node, Pod};
 
 const PORT: u16 = 8080;
 const IPV4: u16 = 0x0800;

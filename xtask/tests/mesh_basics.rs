@@ -8,10 +8,10 @@ use std::thread;
 use anyhow::{Context as _, Result, bail, ensure};
 use nix::sched::{CloneFlags, unshare};
 use sha2::{Digest as _, Sha256};
-use xtask::lab::mesh::{Mesh, Settings};
+use xtask::lab::mesh::Settings;
 use xtask::lab::topology::OUTSIDE_ADDRESSES;
-use xtask::lab::traffic::{accept, canonical, exchange, reset_on_close};
-use xtask::lab::{Canary, Netns, Pod};
+use xtask::lab::traffic::{accept, canonical, exchange, expect_refusal, reset_on_close};
+use xtask::lab::{Canary, Mesh, Pod};
 
 const PORT: u16 = 8080;
 
@@ -57,17 +57,6 @@ fn expect_reset(stream: &mut TcpStream) -> Result<()> {
         Err(error) if error.kind() == ErrorKind::ConnectionReset => Ok(()),
         Err(error) => Err(error).context("waiting for a reset"),
     }
-}
-
-/// One of the two calls fails because the connection was refused: at once, or after it was
-/// accepted by the agent.
-fn expect_refusal(from: &Netns, to: SocketAddr) -> Result<()> {
-    match from.connect(to) {
-        Ok(mut stream) => expect_reset(&mut stream),
-        Err(error) if error.kind() == ErrorKind::ConnectionRefused => Ok(()),
-        Err(error) => Err(error).context("waiting for a refusal"),
-    }
-    .with_context(|| format!("to {to}"))
 }
 
 #[test]
@@ -199,7 +188,7 @@ fn hash_all(mut stream: &TcpStream) -> Result<Vec<u8>> {
 #[test]
 fn what_nobody_serves_is_refused() -> Result<()> {
     as_without_mesh("what_nobody_serves_is_refused", |client, server, family| {
-        expect_refusal(client, server.sockets(PORT)[family])
+        expect_refusal(client, server.sockets(PORT)[family], b"")
     })
 }
 
@@ -309,7 +298,7 @@ fn plaintext_leaves_only_where_it_may() -> Result<()> {
             if allowed {
                 exchange(client.connect(address)?, canary.bytes())?;
             } else {
-                expect_refusal(&client, address)?;
+                expect_refusal(&client, address, b"")?;
             }
         }
         let recording = wire.stop()?;
@@ -320,7 +309,7 @@ fn plaintext_leaves_only_where_it_may() -> Result<()> {
         }
         // Inside the cluster's ranges nobody unknown is ever spoken to.
         for address in unknown.sockets(PORT) {
-            expect_refusal(&client, address)?;
+            expect_refusal(&client, address, b"")?;
         }
         let counted = (mesh.opened(0, "plaintext")?, mesh.denied(0)?);
         let expected = if allowed { (2, 2) } else { (0, 4) };

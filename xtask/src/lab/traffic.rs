@@ -1,12 +1,12 @@
 //! Clients and servers inside pods, without any program: sockets made by a thread of ours that
 //! entered the pod.
 
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use socket2::SockRef;
 
 use super::{Netns, PATIENCE};
@@ -81,6 +81,26 @@ pub fn exchange(mut stream: TcpStream, bytes: &[u8]) -> Result<()> {
     let mut back = Vec::new();
     stream.read_to_end(&mut back).context("reading from the echo server")?;
     ensure!(back == bytes, "sent {} bytes, {} came back", bytes.len(), back.len());
+    Ok(())
+}
+
+/// Checks that a connection which sends `bytes` is refused, or reset without an answer.
+pub fn expect_refusal(from: &Netns, to: SocketAddr, bytes: &[u8]) -> Result<()> {
+    let talk = || {
+        let mut stream = from.connect(to)?;
+        stream.write_all(bytes)?;
+        stream.read(&mut [0; 64])
+    };
+    let error = match talk() {
+        Ok(0) => bail!("{to} ended the connection cleanly"),
+        Ok(count) => bail!("{to} answered with {count} bytes"),
+        Err(error) => error,
+    };
+    let refused = matches!(
+        error.kind(),
+        ErrorKind::BrokenPipe | ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset
+    );
+    ensure!(refused, "{to} was neither refused nor reset: {error}");
     Ok(())
 }
 

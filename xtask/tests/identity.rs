@@ -1,0 +1,230 @@
+//! Who gets a certificate, for how long it is good, and who is refused.
+
+use std::io::{Read as _, Write as _};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
+use xtask::lab::mesh::{Settings, pods, serials};
+use xtask::lab::traffic::{exchange, expect_refusal};
+use xtask::lab::{Canary, Load, Mesh, Pod, until};
+
+const PORT: u16 = 8080;
+
+fn mesh(title: &str, svid_lifetime: &str) -> Result<Mesh> {
+    let control = format!("svid_lifetime: {svid_lifetime}");
+    Mesh::with(title, 2, Settings { control: &control, ..Settings::default() })
+}
+
+fn certificates(mesh: &Mesh) -> Result<Vec<String>> {
+    let mut all = Vec::new();
+    for agent in &mesh.agents {
+        all.extend(serials(&agent.status()?).into_iter().map(str::to_owned));
+    }
+    Ok(all)
+}
+
+/// Waits until no certificate is one of these any more.
+fn wait_replaced(mesh: &Mesh, old: &[String]) -> Result<()> {
+    until("every certificate to be replaced", || {
+        let now = certificates(mesh).ok()?;
+        let replaced = now.iter().all(|serial| !old.contains(serial));
+        (replaced && now.len() == old.len()).then_some(())
+    })
+}
+
+fn refusals(mesh: &Mesh) -> Result<u64> {
+    let status = mesh.control.status()?;
+    let refused = status["refused"].as_object().context("the status counts no refusals")?;
+    Ok(refused.values().filter_map(Value::as_u64).sum())
+}
+
+#[test]
+fn certificates_of_ten_seconds_for_two_minutes() -> Result<()> {
+    let mut mesh = mesh("certificates_of_ten_seconds_for_two_minutes", "10s")?;
+    let (client, server) = (mesh.pod(0, "client")?, mesh.pod(1, "server")?);
+    let load = Load::new(&client, &server, PORT)?;
+    let end = Instant::now() + Duration::from_secs(120);
+    let mut generations = 0;
+    let mut long_lived = client.connect(server.sockets(PORT)[0])?;
+    load.during(|| {
+        while Instant::now() < end {
+            let old = certificates(&mesh)?;
+            wait_replaced(&mesh, &old)?;
+            generations += 1;
+            // A live connection does not notice.
+            long_lived.write_all(&[generations])?;
+            let mut answer = [0];
+            long_lived.read_exact(&mut answer)?;
+            ensure!(answer == [generations], "the live connection answers {answer:?}");
+        }
+        Ok(())
+    })?;
+    // Renewed at half of ten seconds, give or take a tenth of that.
+    ensure!(generations >= 15, "only {generations} generations of certificates");
+    load.expect_no_failures()
+}
+
+#[test]
+fn the_control_plane_away_for_half_a_lifetime() -> Result<()> {
+    let mut mesh = mesh("the_control_plane_away_for_half_a_lifetime", "24s")?;
+    let (client, server) = (mesh.pod(0, "client")?, mesh.pod(1, "server")?);
+    let load = Load::new(&client, &server, PORT)?;
+    load.during(|| {
+        let old = certificates(&mesh)?;
+        mesh.control.process().kill9()?;
+        until("both agents to have tried to renew", || {
+            let trying = |pod: &Value| pod["certificate_problem"].is_string();
+            mesh.agents
+                .iter()
+                .all(|agent| agent.status().is_ok_and(|status| pods(&status).all(trying)))
+                .then_some(())
+        })?;
+        load.wait_for_successes(20)?;
+        ensure!(certificates(&mesh)? == old, "certificates from nowhere");
+        mesh.control.start()?;
+        wait_replaced(&mesh, &old)
+    })?;
+    load.expect_no_failures()
+}
+
+#[test]
+fn expired_certificates_are_worth_nothing() -> Result<()> {
+    let mut mesh = mesh("expired_certificates_are_worth_nothing", "4s")?;
+    let (client, server) = (mesh.pod(0, "client")?, mesh.pod(1, "server")?);
+    let load = Load::new(&client, &server, PORT)?;
+    let wire = mesh.lab.capture()?;
+    load.during(|| {
+        load.wait_for_successes(10)?;
+        mesh.control.process().kill9()?;
+        load.wait_for_failures(10)?;
+        mesh.control.start()?;
+        load.wait_for_successes(10)
+    })?;
+    wire.stop()?.expect_absent(load.canary())
+}
+
+#[test]
+fn deregistered_pods_are_refused() -> Result<()> {
+    for (title, client_goes) in [("deregistered_client", true), ("deregistered_server", false)] {
+        let mut mesh = Mesh::new(title)?;
+        let (client, server) = (mesh.pod(0, "client")?, mesh.pod(1, "server")?);
+        let _echo = server.echo(PORT)?;
+        let canary = Canary::random();
+        let to = server.sockets(PORT)[0];
+        exchange(client.connect(to)?, canary.bytes())?;
+        let wire = mesh.lab.capture()?;
+        mesh.control.deregister(if client_goes { &client } else { &server })?;
+        mesh.wait_synced()?;
+        expect_refusal(&client, to, canary.bytes()).context(title)?;
+        wire.stop()?.expect_absent(&canary)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_token_is_good_once_and_for_one_node() -> Result<()> {
+    let mut mesh = Mesh::with("a_token_is_good_once_and_for_one_node", 1, Settings::default())?;
+    let (node_b, node_c) = (mesh.lab.node("b")?, mesh.lab.node("c")?);
+    let token = mesh.control.token("b")?;
+    let refused = |mesh: &Mesh, before: u64| {
+        until("the token to be refused", || (refusals(mesh).ok()? > before).then_some(()))
+    };
+
+    // Stolen by another node. It is not used up by that.
+    let before = refusals(&mesh)?;
+    let thief = mesh.lab.agent_with_token(&node_c, &token, "")?;
+    until("the thief to give up or be refused", || {
+        let refused = refusals(&mesh).ok()? > before;
+        let status = thief.status().ok();
+        let complains = status.is_some_and(|status| status["control_plane"]["problem"].is_string());
+        (refused || complains).then_some(())
+    })?;
+    ensure!(!joined(&mesh, "c")?, "joined with a token for another node");
+    drop(thief);
+
+    let mut rightful = mesh.lab.agent_with_token(&node_b, &token, "")?;
+    rightful.wait_ready()?;
+    ensure!(joined(&mesh, "b")?, "the token was good for this node");
+    rightful.kill9()?;
+
+    // Used again, by somebody who copied it from the node.
+    std::fs::remove_dir_all(rightful.runtime_dir())?;
+    let before = refusals(&mesh)?;
+    let again = mesh.lab.agent_with_token(&node_b, &token, "")?;
+    refused(&mesh, before)?;
+    ensure!(!joined(&mesh, "b")?, "joined twice with one token");
+    drop(again);
+    Ok(())
+}
+
+fn joined(mesh: &Mesh, node: &str) -> Result<bool> {
+    let status = mesh.control.status()?;
+    Ok(status["agents"][node].is_object())
+}
+
+#[test]
+fn a_node_gets_no_certificate_for_a_pod_of_another() -> Result<()> {
+    let mut mesh = Mesh::new("a_node_gets_no_certificate_for_a_pod_of_another")?;
+    let victim = mesh.plain_pod(0, "victim")?;
+    mesh.control.register(&victim)?;
+    mesh.wait_synced()?;
+    // The agent of node b claims the UID for a namespace of its own.
+    let impostor = mesh.plain_pod(1, "impostor")?;
+    let path = impostor.path();
+    let path = path.to_str().context("a path is text")?;
+    let before = refusals(&mesh)?;
+    let mut enroll = mesh.agents[1].command(&[
+        "enroll",
+        "--wait",
+        "0",
+        "--uid",
+        &victim.uid(),
+        "--netns",
+        path,
+    ])?;
+    // Whether the agent asks or knows better: there is no certificate.
+    enroll.output()?;
+    let status = mesh.agents[1].status()?;
+    ensure!(serials(&status).is_empty(), "a certificate for another node's pod: {status:#}");
+    until("the agent or the control plane to refuse", || {
+        let status = mesh.agents[1].status().ok()?;
+        let told = pods(&status).any(|pod| pod["certificate_problem"].is_string());
+        (told || pods(&status).count() == 0 || refusals(&mesh).ok()? > before).then_some(())
+    })
+}
+
+#[test]
+fn the_next_pod_with_an_address_is_somebody_else() -> Result<()> {
+    let mut mesh = Mesh::new("the_next_pod_with_an_address_is_somebody_else")?;
+    let (client, server) = (mesh.pod(0, "client")?, mesh.pod(1, "server")?);
+    let to = server.sockets(PORT)[0];
+    {
+        let _echo = server.echo(PORT)?;
+        exchange(client.connect(to)?, b"the first one")?;
+    }
+    let canary = Canary::random();
+    let wire = mesh.lab.capture()?;
+    let node = mesh.nodes[1].clone();
+    mesh.lab.delete_pod(&server)?;
+    let heir = mesh.lab.pod_in_place_of(&node, &server, "heir")?;
+    {
+        // Not in the mesh, under an address that still is.
+        let _echo = heir.echo(PORT)?;
+        expect_refusal(&client, to, canary.bytes()).context("before it is registered")?;
+    }
+    wait_unenrolled(&mesh, &server)?;
+    mesh.control.deregister(&server)?;
+    mesh.enroll(&heir)?;
+    let _echo = heir.echo(PORT)?;
+    exchange(client.connect(to)?, canary.bytes()).context("once it is in the mesh")?;
+    wire.stop()?.expect_absent(&canary)
+}
+
+fn wait_unenrolled(mesh: &Mesh, pod: &Pod) -> Result<()> {
+    let agent = mesh.agent_of(pod)?;
+    until("the agent to drop the pod that is gone", || {
+        let status = agent.status().ok()?;
+        (!pods(&status).any(|entry| entry["uid"] == *pod.uid())).then_some(())
+    })
+}
