@@ -6,5 +6,6 @@ pub mod identity;
 pub mod node;
 pub mod pod;
 pub mod policy;
+pub mod stats;
 mod sys;
 pub mod tunnel;

@@ -111,7 +111,7 @@ impl Traffic {
         self.from_server.load(Ordering::Relaxed)
     }
 
-    pub(super) fn set(&self, from_client: u64, from_server: u64) {
+    pub(crate) fn set(&self, from_client: u64, from_server: u64) {
         self.from_client.store(from_client, Ordering::Relaxed);
         self.from_server.store(from_server, Ordering::Relaxed);
     }
