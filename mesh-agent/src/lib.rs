@@ -1,11 +1,16 @@
 //! The node agent of nodemesh, as a library: `main.rs` is a thin shell around it.
 
+pub mod admin;
+pub mod agent;
 pub mod bpf;
+pub mod cli;
 pub mod config;
 pub mod identity;
+pub mod logging;
 pub mod node;
 pub mod pod;
 pub mod policy;
+pub mod proxy;
 pub mod stats;
 mod sys;
 pub mod tunnel;

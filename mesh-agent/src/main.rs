@@ -1,2 +1,10 @@
-//! The node agent.
-fn main() {}
+//! The node agent: a thin shell around the library.
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+use mesh_agent::{agent, cli::Cli};
+
+fn main() -> ExitCode {
+    Cli::parse().execute(agent::run, agent::uninstall)
+}

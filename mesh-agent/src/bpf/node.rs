@@ -208,6 +208,11 @@ impl Datapath {
         Ok(drops)
     }
 
+    /// The node's programs, and whether each is pinned.
+    pub fn programs(&self) -> [(&'static str, bool); 3] {
+        ["connect4", "connect6", "egress"].map(|name| (name, self.pins.link(name).exists()))
+    }
+
     /// Marks a socket as the agent's own, and with it every socket that it accepts. The guards let
     /// pass what such sockets send.
     ///

@@ -163,6 +163,25 @@ impl Datapath {
         pins::replace(FdLink::from(link), &self.pins.pod(cookie).join(name))
     }
 
+    /// Whether everything that a pod's guards were attached to is gone. Without devices there is
+    /// nothing by which anything could leave.
+    ///
+    /// # Errors
+    ///
+    /// See [`BpfError`].
+    pub fn is_dead(&self, cookie: u64) -> Result<bool, BpfError> {
+        let mut ebpf = self.load_for(cookie)?;
+        let program: &mut SchedClassifier = program(&mut ebpf, "device")?;
+        program.load().map_err(BpfError::program("device"))?;
+        for index in self.guarded_devices(cookie, "device") {
+            let pin = self.pins.pod(cookie).join(format!("device-{index}"));
+            if replace_in_place(program, &pin)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// Detaches a pod's programs: the third guard before the second, whose stamp it wants.
     pub(super) fn release_pod(&self, cookie: u64) -> Result<(), BpfError> {
         self.forget_devices(cookie, "peer", &[])?;
@@ -183,15 +202,8 @@ fn attach_device(
     direction: TcAttachType,
     pin: &Path,
 ) -> Result<(), BpfError> {
-    // In place if the device is still the one that was pinned; a link of a dead device says so.
     if pin.exists() {
-        let link: FdLink = PinnedLink::from_pin(pin)?.into();
-        let replaced = SchedClassifierLink::try_from(link)
-            .map_err(BpfError::from)
-            .and_then(|link| program.attach_to_link(link).map_err(BpfError::program(name)));
-        if let Ok(id) = replaced {
-            // The pin holds the link; giving up our descriptor does not detach it.
-            drop(program.take_link(id).map_err(BpfError::program(name))?);
+        if replace_in_place(program, pin)? {
             return Ok(());
         }
         pins::remove(pin)?;
@@ -199,4 +211,16 @@ fn attach_device(
     let id = program.attach(&device.name, direction).map_err(BpfError::program(name))?;
     let link = program.take_link(id).map_err(BpfError::program(name))?;
     pins::replace(FdLink::try_from(link)?, pin)
+}
+
+/// Puts the program in the place of the one that a pinned link holds; false if the device is gone.
+fn replace_in_place(program: &mut SchedClassifier, pin: &Path) -> Result<bool, BpfError> {
+    let link: FdLink = PinnedLink::from_pin(pin)?.into();
+    let replaced = SchedClassifierLink::try_from(link)
+        .ok()
+        .and_then(|link| program.attach_to_link(link).ok());
+    let Some(id) = replaced else { return Ok(false) };
+    // The pin holds the link; giving up our descriptor does not detach it.
+    drop(program.take_link(id).map_err(BpfError::program("tcx"))?);
+    Ok(true)
 }

@@ -35,6 +35,7 @@ use self::{
     snapshots::Snapshots,
     svid_store::SvidStore,
 };
+pub(crate) use self::status::Chain;
 pub use self::{
     registry::{RegistryError, Settings, Snapshot, Workload},
     status::{Connection, Counters, NodeCertificate, Problem, Status},

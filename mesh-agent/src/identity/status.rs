@@ -99,7 +99,7 @@ pub(super) fn count(counter: &AtomicU64) {
 
 /// An error and its causes in one line. Libraries often say only "transport error" and leave the
 /// reason to the cause.
-pub(super) struct Chain<'a>(pub(super) &'a (dyn std::error::Error + 'static));
+pub(crate) struct Chain<'a>(pub(crate) &'a (dyn std::error::Error + 'static));
 
 impl fmt::Display for Chain<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

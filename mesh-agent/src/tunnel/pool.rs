@@ -197,6 +197,12 @@ impl<T: Transport + Send + 'static> Pool<T> {
         dropped.len()
     }
 
+    /// How many idle tunnels there are of the keys for which `counts` is true.
+    pub fn count(&self, counts: impl Fn(&Key) -> bool) -> usize {
+        let idle = lock(&self.0.idle);
+        idle.tunnels.iter().filter(|(key, _)| counts(key)).map(|(_, entries)| entries.len()).sum()
+    }
+
     /// How many tunnels are idle.
     #[must_use]
     pub fn len(&self) -> usize {

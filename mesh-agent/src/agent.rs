@@ -1,0 +1,125 @@
+//! The agent as a whole: what starts in which order, and how it ends.
+
+use std::{sync::Arc, time::SystemTime};
+
+use anyhow::{Context as _, Result};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::mpsc,
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    admin::{Admin, Server},
+    bpf::Datapath,
+    config::Config,
+    identity::{self, Identity},
+    logging, node,
+    pod::{
+        ledger::Ledger,
+        manager::{self, Manager, Node},
+        source::{PodSource as _, directory::DirectorySource},
+    },
+    stats::Stats,
+    tunnel::{Pool, PoolLimits},
+};
+
+/// Idle tunnels of the whole node: two descriptors of a million each.
+const IDLE_TUNNELS: usize = 16_384;
+
+/// Events of the pod source that wait for the manager.
+const QUEUE: usize = 64;
+
+/// Runs the agent until it is told to end.
+///
+/// # Errors
+///
+/// What keeps it from starting, or from going on. The pods stay under guard.
+pub fn run(config: Config) -> Result<()> {
+    let problems = logging::init(&config.log).context("starting the log")?;
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    if let Some(workers) = config.workers {
+        runtime.worker_threads(workers.get());
+    }
+    runtime.enable_all().build().context("starting the runtime")?.block_on(async {
+        let files = node::raise_file_limit()?;
+        let server = Server::bind(&config.admin_socket(), config.http_listen).await?;
+        let cgroup = config.cgroup.clone().map_or_else(node::cgroup2_root, Ok)?;
+        let (datapath, events) = Datapath::open(&config.bpffs, &cgroup)?;
+        tracing::info!(
+            node = config.node,
+            files,
+            cgroup = %cgroup.display(),
+            pins = %datapath.pin_directory().display(),
+            "the eBPF programs are attached"
+        );
+        let identity = Identity::start(identity::Config {
+            node: config.node.clone(),
+            control_plane: config.control_plane.iter().map(ToString::to_string).collect(),
+            join_token_file: config.join_token_file.clone(),
+            runtime_dir: config.runtime_dir.clone(),
+        })?;
+        let (source, pods) = DirectorySource::new(config.pods_dir.clone(), config.udp);
+        let files = pods.clone();
+        let drain = CancellationToken::new();
+        let node = Arc::new(Node {
+            policy: Arc::new(config.policy()),
+            datapath: Arc::new(datapath),
+            stats: Arc::new(Stats::new(config.limits.connections_per_pod.get() as usize)),
+            pool: Pool::new(PoolLimits {
+                per_key: config.limits.idle_tunnels_per_peer as usize,
+                total: IDLE_TUNNELS,
+                idle: config.timeouts.idle_tunnel,
+            }),
+            ledger: Ledger::open(&config.runtime_dir).context("opening the runtime directory")?,
+            drain: drain.clone(),
+            unreadable_pods: Box::new(move || !files.problems().is_empty()),
+            identity,
+            config,
+        });
+        let manager = Manager::new(Arc::clone(&node));
+        let admin = Arc::new(Admin {
+            node: node.config.node.clone(),
+            started: SystemTime::now(),
+            identity: node.identity.status(),
+            counters: node.identity.counters(),
+            snapshots: node.identity.snapshots(),
+            stats: Arc::clone(&node.stats),
+            problems,
+            pods,
+            inspect: manager.view(),
+        });
+        let (sender, receiver) = mpsc::channel(QUEUE);
+        let mut terminate = signal(SignalKind::terminate()).context("waiting for signals")?;
+        let mut interrupt = signal(SignalKind::interrupt()).context("waiting for signals")?;
+        tokio::spawn(async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            tracing::info!("draining: no new connections");
+            drain.cancel();
+        });
+        tokio::select! {
+            managed = manager.run(receiver, events) => managed,
+            served = server.serve(admin) => served.context("serving the operator"),
+            ended = source.run(sender) => ended.context("watching the pod files"),
+        }
+    })
+}
+
+/// Removes everything that the agent ever made on this node.
+///
+/// # Errors
+///
+/// When an agent is running, or something cannot be removed.
+pub fn uninstall(config: Config) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        // Fails if an agent answers there.
+        drop(Server::bind(&config.admin_socket(), config.http_listen).await?);
+        manager::uninstall(&config).await?;
+        println!("removed every program, map, rule and route of nodemesh from this node");
+        Ok(())
+    })
+}

@@ -1,0 +1,356 @@
+//! One enrolled pod: how it comes under guard, stays there, and is let go.
+
+use std::{
+    net::IpAddr,
+    path::PathBuf,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result};
+use mesh_common::abi::{Address, MAX_POD_ADDRESSES, POD_DENIES_UDP, PodConfig};
+use tokio::{net::TcpListener, sync::Notify, time::Instant};
+use tokio_util::{
+    sync::CancellationToken,
+    task::{AbortOnDropHandle, TaskTracker},
+};
+
+use super::{
+    abort::abort_connections,
+    ledger::Entry,
+    manager::Node,
+    netns::Netns,
+    routing::{Changes, Inventory, Routing, host_peers},
+    sockets::{Facing, PodSockets},
+    source::PodSpec,
+};
+use crate::{
+    config::Udp,
+    identity::SvidHandle,
+    proxy::PodProxy,
+};
+
+/// A pod that changes its own network without end is looked at this often.
+const REPAIR_INTERVAL: Duration = Duration::from_millis(200);
+
+/// A pod under guard.
+pub struct Enrolled {
+    /// What it was enrolled as.
+    pub spec: PodSpec,
+    /// What there is to know about it.
+    pub state: Arc<PodState>,
+    netns: Arc<Netns>,
+    routing: Arc<Routing>,
+    proxy: Arc<PodProxy>,
+    tasks: Vec<AbortOnDropHandle<()>>,
+}
+
+/// What is known of an enrolled pod, shared with whoever asks.
+pub struct PodState {
+    /// The pod's UID.
+    pub uid: String,
+    /// Where its network namespace was found.
+    pub netns: PathBuf,
+    /// The namespace.
+    pub cookie: u64,
+    /// What happens to its UDP.
+    pub udp: Mutex<Udp>,
+    /// How often something changed inside the pod was put back.
+    pub repairs: AtomicU64,
+    /// Connections from before the enrolment that were aborted.
+    pub aborted: AtomicU64,
+    /// Whether the agent's listeners in the pod are open.
+    pub listening: AtomicBool,
+    /// Its certificate; none once it is un-enrolled.
+    pub svid: Mutex<Option<SvidHandle>>,
+    guarded: Mutex<Guarded>,
+    listener_port: AtomicU64,
+    wake: Notify,
+}
+
+/// What the guards of a pod are attached to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Guarded {
+    /// The pod's addresses and devices.
+    pub inventory: Inventory,
+    /// The names of the host-side peers.
+    pub peers: Vec<String>,
+    /// Why a layer is not what it should be.
+    pub problem: Option<String>,
+}
+
+impl PodState {
+    /// What the guards are attached to.
+    pub fn guarded(&self) -> Guarded {
+        lock(&self.guarded).clone()
+    }
+
+    /// Has the pod's namespace looked at, because something may have changed in it.
+    pub fn wake(&self) {
+        self.wake.notify_one();
+    }
+
+    fn config(&self, addresses: &[IpAddr]) -> PodConfig {
+        let mut config = PodConfig {
+            addresses: [[0; 16]; MAX_POD_ADDRESSES],
+            address_count: 0,
+            flags: if *lock(&self.udp) == Udp::Deny { POD_DENIES_UDP } else { 0 },
+            listener_port: self.listener_port.load(Ordering::Relaxed) as u32,
+            reserved: 0,
+        };
+        for (slot, address) in config.addresses.iter_mut().zip(addresses) {
+            *slot = octets(*address);
+            config.address_count += 1;
+        }
+        config
+    }
+}
+
+fn octets(address: IpAddr) -> Address {
+    match address {
+        IpAddr::V4(v4) => v4.to_ipv6_mapped().octets(),
+        IpAddr::V6(v6) => v6.octets(),
+    }
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Nothing behind these locks is left half done by a panic.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Enrolled {
+    /// Puts a pod under guard and serves it. When this returns, nothing leaves the pod unencrypted
+    /// that policy does not allow. If it fails, a pod that was not under guard before is not after.
+    pub(super) async fn enrol(node: &Arc<Node>, spec: PodSpec) -> Result<Self> {
+        let netns = Arc::new(Netns::open(&spec.netns)?);
+        let cookie = netns.cookie();
+        let adopted = node.datapath.configuration(cookie)?.is_some();
+        let enrolled = Self::guard(node, spec, netns, adopted).await;
+        if enrolled.is_err() && !adopted {
+            node.datapath.release(cookie).context("undoing the enrolment")?;
+            node.ledger.strike(cookie).context("undoing the enrolment")?;
+        }
+        enrolled
+    }
+
+    async fn guard(
+        node: &Arc<Node>,
+        spec: PodSpec,
+        netns: Arc<Netns>,
+        adopted: bool,
+    ) -> Result<Self> {
+        let cookie = netns.cookie();
+        let state = Arc::new(PodState {
+            uid: spec.uid.clone(),
+            netns: spec.netns.clone(),
+            cookie,
+            udp: Mutex::new(spec.udp),
+            repairs: AtomicU64::new(0),
+            aborted: AtomicU64::new(0),
+            listening: AtomicBool::new(false),
+            svid: Mutex::new(None),
+            guarded: Mutex::default(),
+            listener_port: AtomicU64::new(0),
+            wake: Notify::new(),
+        });
+        let entry = Entry { uid: spec.uid.clone(), netns: spec.netns.clone(), cookie };
+        node.ledger.record(&entry).context("noting the pod down in the runtime directory")?;
+
+        let (routing, changes) = Routing::connect(Arc::clone(&netns))?;
+        let routing = Arc::new(routing);
+        let inventory = routing.inventory().await?;
+        node.datapath.configure(cookie, &state.config(&inventory.addresses))?;
+        guard_devices(node, &netns, &state, inventory.clone()).await?;
+        if !adopted {
+            let aborted = abort_connections(&netns, &inventory.addresses)
+                .context("aborting the pod's open connections")?;
+            state.aborted.store(aborted.into(), Ordering::Relaxed);
+        }
+        routing.ensure(&inventory.addresses).await?;
+
+        let unacknowledged = node.config.timeouts.unacknowledged;
+        let sockets =
+            PodSockets::new(Arc::clone(&netns), Arc::clone(&node.datapath), unacknowledged);
+        let outbound = sockets.listen(Facing::Application).context("listening in the pod")?;
+        let inbound = sockets.listen(Facing::Network).context("listening in the pod")?;
+        node.datapath.steer(cookie, &*netns, &outbound, &inbound)?;
+        let port = outbound.local_addr().context("listening in the pod")?.port();
+        state.listener_port.store(port.into(), Ordering::Relaxed);
+        node.datapath.configure(cookie, &state.config(&inventory.addresses))?;
+        state.listening.store(true, Ordering::Relaxed);
+
+        let svid = node.identity.track(&spec.uid);
+        let proxy = Arc::new(node.proxy(&spec.uid, sockets, &svid));
+        *lock(&state.svid) = Some(svid);
+        let tasks = tasks(node, &netns, &routing, &state, &proxy, changes, outbound, inbound);
+        Ok(Self { spec, state, netns, routing, proxy, tasks })
+    }
+
+    /// Whether this is the pod of that specification, in the namespace that is at its path now.
+    pub(super) fn is(&self, spec: &PodSpec) -> bool {
+        self.spec.uid == spec.uid
+            && Netns::open(&spec.netns).is_ok_and(|netns| netns.cookie() == self.netns.cookie())
+    }
+
+    /// Applies what may change of an enrolled pod.
+    pub(super) fn update(&mut self, node: &Node, spec: PodSpec) -> Result<()> {
+        *lock(&self.state.udp) = spec.udp;
+        let addresses = self.state.guarded().inventory.addresses;
+        node.datapath.configure(self.state.cookie, &self.state.config(&addresses))?;
+        self.spec = spec;
+        Ok(())
+    }
+
+    /// Closes everything that the agent has in the pod; its connections are reset. The guards stay.
+    pub(super) async fn close(self, node: &Node) -> Arc<Routing> {
+        let Self { state, proxy, tasks, routing, spec, .. } = self;
+        state.listening.store(false, Ordering::Relaxed);
+        drop(tasks);
+        proxy.kill.cancel();
+        proxy.tasks.close();
+        proxy.tasks.wait().await;
+        node.pool.purge(|key, _| *key.client == *spec.uid);
+        let svid = lock(&state.svid).take();
+        if let Some(svid) = svid {
+            svid.forget().await;
+        }
+        node.stats.forget(&spec.uid);
+        routing
+    }
+
+    /// The pod's open connections.
+    pub(super) fn tasks(&self) -> &TaskTracker {
+        &self.proxy.tasks
+    }
+}
+
+#[expect(clippy::too_many_arguments, reason = "the parts of one pod, on their way into its tasks")]
+fn tasks(
+    node: &Arc<Node>,
+    netns: &Arc<Netns>,
+    routing: &Arc<Routing>,
+    state: &Arc<PodState>,
+    proxy: &Arc<PodProxy>,
+    changes: Changes,
+    outbound: TcpListener,
+    inbound: TcpListener,
+) -> Vec<AbortOnDropHandle<()>> {
+    let keeper = Keeper {
+        node: Arc::clone(node),
+        netns: Arc::clone(netns),
+        routing: Arc::clone(routing),
+        state: Arc::clone(state),
+    };
+    let mut svid = proxy.svid.clone();
+    let (pool, uid) = (node.pool.clone(), Arc::clone(&proxy.uid));
+    let purge = async move {
+        while svid.changed().await.is_ok() {
+            let generation = svid.borrow_and_update().as_ref().map(|svid| svid.generation);
+            pool.purge(|key, proof| key.client == uid && Some(proof.certificate) != generation);
+        }
+    };
+    vec![
+        AbortOnDropHandle::new(tokio::spawn(keeper.run(changes))),
+        AbortOnDropHandle::new(tokio::spawn(purge)),
+        AbortOnDropHandle::new(tokio::spawn(
+            Arc::clone(proxy).serve(outbound, Facing::Application),
+        )),
+        AbortOnDropHandle::new(tokio::spawn(Arc::clone(proxy).serve(inbound, Facing::Network))),
+    ]
+}
+
+/// Puts a pod's network back to what it has to be, whenever something changes in it.
+struct Keeper {
+    node: Arc<Node>,
+    netns: Arc<Netns>,
+    routing: Arc<Routing>,
+    state: Arc<PodState>,
+}
+
+impl Keeper {
+    async fn run(self, mut changes: Changes) {
+        let mut next = Instant::now();
+        loop {
+            let alive = tokio::select! {
+                alive = changes.next() => alive,
+                () = self.state.wake.notified() => true,
+            };
+            if !alive {
+                return;
+            }
+            tokio::time::sleep_until(next).await;
+            next = Instant::now() + REPAIR_INTERVAL;
+            if let Err(error) = self.repair().await {
+                tracing::warn!(pod = self.state.uid, "cannot keep up the capture: {error:#}");
+            }
+        }
+    }
+
+    async fn repair(&self) -> Result<()> {
+        let Self { node, netns, routing, state } = self;
+        let inventory = routing.inventory().await?;
+        let addresses = inventory.addresses.clone();
+        if addresses != state.guarded().inventory.addresses {
+            node.datapath.configure(state.cookie, &state.config(&addresses))?;
+        }
+        guard_devices(node, netns, state, inventory).await?;
+        let repaired = routing.ensure(&addresses).await?;
+        if repaired > 0 {
+            state.repairs.fetch_add(repaired.into(), Ordering::Relaxed);
+            tracing::warn!(
+                pod = state.uid,
+                repaired,
+                "somebody in the pod had changed its rules, routes or settings: put back"
+            );
+        }
+        Ok(())
+    }
+}
+
+/// Attaches the second and the third guard to whatever the pod has for devices now.
+async fn guard_devices(
+    node: &Node,
+    netns: &Netns,
+    state: &PodState,
+    inventory: Inventory,
+) -> Result<()> {
+    let cookie = state.cookie;
+    let peers = host_peers(&inventory).await?;
+    let guard = || -> Result<()> {
+        netns
+            .try_run(|| node.datapath.guard_devices(cookie, &inventory.devices))
+            .context("entering the pod's network namespace")??;
+        node.datapath.guard_peers(cookie, &peers)?;
+        Ok(())
+    };
+    let result = guard();
+    let peers = peers.into_iter().map(|peer| peer.name).collect();
+    let problem = result.as_ref().err().map(|error| format!("{error:#}"));
+    *lock(&state.guarded) = Guarded { inventory, peers, problem };
+    result
+}
+
+/// What a pod's connections need besides the pod.
+impl Node {
+    fn proxy(&self, uid: &str, sockets: PodSockets, svid: &SvidHandle) -> PodProxy {
+        let turns = self.config.limits.handshakes_per_pod.get() as usize;
+        PodProxy {
+            uid: uid.into(),
+            sockets,
+            svid: svid.receiver(),
+            registry: self.identity.snapshots(),
+            policy: Arc::clone(&self.policy),
+            stats: self.stats.pod(uid),
+            warned: Mutex::new(None),
+            pool: self.pool.clone(),
+            handshakes: [turns, turns].map(tokio::sync::Semaphore::new),
+            timeouts: self.config.timeouts,
+            drain: self.drain.clone(),
+            kill: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+        }
+    }
+}

@@ -1,0 +1,404 @@
+//! Enrols and un-enrols pods as the source says, and looks after what is left of dead ones.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result};
+use tokio::{
+    net::TcpStream,
+    sync::{mpsc, watch},
+};
+use tokio_rustls::client::TlsStream;
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    enrolled::{Enrolled, PodState, lock},
+    ledger::{Entry, Ledger},
+    netns::Netns,
+    routing::Routing,
+    source::{PodEvent, PodSpec, Removal},
+};
+use crate::{
+    admin::{
+        Inspect, PodFacts,
+        status::{Drops, GuardLayer, Program},
+    },
+    bpf::{Datapath, Events, GuardEvent},
+    config::Config,
+    identity::{Identity, Snapshot},
+    policy::Policy,
+    proxy::registration,
+    stats::Stats,
+    tunnel::{
+        Pool,
+        pool::{Key, Proof},
+    },
+};
+
+/// A setting is written just after the kernel tells of it: when to look.
+const AFTER_WRITE: [Duration; 2] = [Duration::from_millis(10), Duration::from_millis(300)];
+
+/// How long after a namespace's end was announced its remains are looked at, and then again.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
+
+/// What all pods of the node have in common.
+pub struct Node {
+    /// The operator's decisions.
+    pub config: Config,
+    /// The operator's decisions about connections.
+    pub policy: Arc<Policy>,
+    /// The eBPF side.
+    pub datapath: Arc<Datapath>,
+    /// Who is who.
+    pub identity: Identity,
+    /// The pods' counts.
+    pub stats: Arc<Stats>,
+    /// Idle tunnels.
+    pub pool: Pool<TlsStream<TcpStream>>,
+    /// What is enrolled, on file.
+    pub ledger: Ledger,
+    /// No new connections.
+    pub drain: CancellationToken,
+    /// What the pod files lack; a reason not to sweep what may be theirs.
+    pub unreadable_pods: Box<dyn Fn() -> bool + Send + Sync>,
+}
+
+/// What is enrolled, for whoever asks.
+#[derive(Default)]
+struct Known {
+    pods: BTreeMap<String, Arc<PodState>>,
+    /// Namespaces that are under guard though nothing serves them any more.
+    leftovers: Vec<u64>,
+}
+
+/// The enrolled pods.
+pub struct Manager {
+    node: Arc<Node>,
+    pods: BTreeMap<String, Enrolled>,
+    view: Arc<View>,
+}
+
+/// The manager, as `status` sees it.
+pub struct View {
+    node: Arc<Node>,
+    known: Mutex<Known>,
+    synced: AtomicBool,
+}
+
+impl Manager {
+    /// No pods yet. Whatever an earlier agent pinned goes on guarding.
+    pub fn new(node: Arc<Node>) -> Self {
+        let view = Arc::new(View {
+            node: Arc::clone(&node),
+            known: Mutex::default(),
+            synced: AtomicBool::new(false),
+        });
+        Self { node, pods: BTreeMap::new(), view }
+    }
+
+    /// What is enrolled, for whoever asks.
+    pub fn view(&self) -> Arc<View> {
+        Arc::clone(&self.view)
+    }
+
+    /// Does what the source and the eBPF programs say, until the agent drains; then waits for open
+    /// connections to end, for as long as `timeouts.drain`.
+    ///
+    /// # Errors
+    ///
+    /// When the source ends or the kernel no longer tells of events.
+    pub async fn run(mut self, mut pods: mpsc::Receiver<PodEvent>, mut events: Events) -> Result<()> {
+        let drain = self.node.drain.clone();
+        let registry = tokio::spawn(purge_pool(
+            self.node.identity.snapshots(),
+            self.node.pool.clone(),
+        ));
+        let mut sweep = tokio::time::interval(SWEEP_INTERVAL);
+        let result = loop {
+            tokio::select! {
+                biased;
+                () = drain.cancelled() => break Ok(()),
+                event = events.next() => match event {
+                    Ok(event) => self.look_after(event),
+                    Err(error) => break Err(error.into()),
+                },
+                event = pods.recv() => match event {
+                    Some(event) => self.apply(event).await,
+                    None => break Err(anyhow::anyhow!("the source of pods has ended")),
+                },
+                _ = sweep.tick(), if self.has_leftovers() => self.sweep().await,
+            }
+        };
+        registry.abort();
+        self.drain().await;
+        result
+    }
+
+    async fn apply(&mut self, event: PodEvent) {
+        match event {
+            PodEvent::Upsert(spec, ack) => {
+                let uid = spec.uid.clone();
+                let result = self.upsert(spec).await;
+                if let Err(error) = &result {
+                    tracing::warn!(pod = uid, "cannot enrol the pod: {error:#}");
+                }
+                ack.answer(result.map_err(|error| format!("{error:#}")));
+            }
+            PodEvent::Remove { uid, cause, ack } => {
+                let result = self.remove(&uid, cause).await;
+                if let Err(error) = &result {
+                    tracing::warn!(pod = uid, "cannot un-enrol the pod: {error:#}");
+                }
+                ack.answer(result.map_err(|error| format!("{error:#}")));
+            }
+            PodEvent::Synced => {
+                if let Err(error) = self.find_leftovers() {
+                    tracing::warn!("cannot look for what earlier agents left: {error:#}");
+                }
+                self.sweep().await;
+                self.view.synced.store(true, Ordering::Relaxed);
+            }
+        }
+    }
+
+    async fn upsert(&mut self, spec: PodSpec) -> Result<()> {
+        if let Some(pod) = self.pods.get_mut(&spec.uid) {
+            if pod.is(&spec) {
+                return pod.update(&self.node, spec);
+            }
+            // Another namespace: another pod, whatever it is called.
+            self.remove(&spec.uid, Removal::NamespaceGone).await?;
+        }
+        let cookie = Netns::open(&spec.netns)?.cookie();
+        if let Some(other) = self.pods.values().find(|pod| pod.state.cookie == cookie) {
+            anyhow::bail!(
+                "{} is the network namespace of the pod {} already: un-enrol that one first",
+                spec.netns.display(),
+                other.spec.uid
+            );
+        }
+        let uid = spec.uid.clone();
+        let pod = Enrolled::enrol(&self.node, spec).await?;
+        tracing::info!(pod = uid, netns = %pod.spec.netns.display(), "enrolled");
+        let mut known = lock(&self.view.known);
+        known.leftovers.retain(|leftover| *leftover != cookie);
+        known.pods.insert(uid.clone(), Arc::clone(&pod.state));
+        drop(known);
+        self.pods.insert(uid, pod);
+        Ok(())
+    }
+
+    async fn remove(&mut self, uid: &str, cause: Removal) -> Result<()> {
+        let Some(pod) = self.pods.remove(uid) else { return Ok(()) };
+        let cookie = pod.state.cookie;
+        let routing = pod.close(&self.node).await;
+        lock(&self.view.known).pods.remove(uid);
+        tracing::info!(pod = uid, %cause, "un-enrolled");
+        match cause {
+            Removal::Withdrawn => {
+                // While marks still lead to loopback nothing can leave: the guards go last.
+                self.node.datapath.release(cookie)?;
+                routing.remove().await?;
+                self.node.ledger.strike(cookie)?;
+            }
+            // Somebody may live in it yet, and was promised that nothing leaves in plaintext.
+            Removal::NamespaceGone => lock(&self.view.known).leftovers.push(cookie),
+        }
+        Ok(())
+    }
+
+    fn look_after(&self, event: GuardEvent) {
+        let known = lock(&self.view.known);
+        match event {
+            GuardEvent::Dropped { cookie, layer, reason } => {
+                let pod = known.pods.values().find(|pod| pod.cookie == cookie);
+                let uid = pod.map_or("none that is served", |pod| &pod.uid);
+                let (layer, reason) = (layer.name(), reason.name());
+                tracing::warn!(pod = uid, layer, reason, "the guard refused or dropped something");
+                if let Some(pod) = pod {
+                    pod.wake();
+                }
+            }
+            GuardEvent::SettingWritten => {
+                let pods: Vec<_> = known.pods.values().cloned().collect();
+                tokio::spawn(async move {
+                    for delay in AFTER_WRITE {
+                        tokio::time::sleep(delay).await;
+                        pods.iter().for_each(|pod| pod.wake());
+                    }
+                });
+            }
+        }
+    }
+
+    fn has_leftovers(&self) -> bool {
+        !lock(&self.view.known).leftovers.is_empty()
+    }
+
+    fn find_leftovers(&self) -> Result<()> {
+        let served: Vec<u64> = self.pods.values().map(|pod| pod.state.cookie).collect();
+        let mut leftovers = self.node.datapath.guarded()?;
+        leftovers.retain(|cookie| !served.contains(cookie));
+        lock(&self.view.known).leftovers = leftovers;
+        Ok(())
+    }
+
+    /// Lets go of leftovers: those whose namespace is dead, and those that were withdrawn while no
+    /// agent ran. The rest stays under guard.
+    async fn sweep(&self) {
+        let leftovers = lock(&self.view.known).leftovers.clone();
+        let entries = self.node.ledger.entries().unwrap_or_default();
+        for cookie in leftovers {
+            let entry = entries.iter().find(|entry| entry.cookie == cookie);
+            match self.sweep_one(cookie, entry).await {
+                Ok(true) => {
+                    tracing::info!(cookie, "swept what was left of a pod");
+                    lock(&self.view.known).leftovers.retain(|leftover| *leftover != cookie);
+                }
+                Ok(false) => {}
+                Err(error) => tracing::warn!(cookie, "cannot sweep a leftover: {error:#}"),
+            }
+        }
+    }
+
+    async fn sweep_one(&self, cookie: u64, entry: Option<&Entry>) -> Result<bool> {
+        if self.node.datapath.is_dead(cookie)? {
+            self.node.datapath.release(cookie)?;
+        } else {
+            // It may belong to a pod file that cannot be read just now.
+            let Some(entry) = entry.filter(|_| !(self.node.unreadable_pods)()) else {
+                return Ok(false);
+            };
+            if !self.view.synced.load(Ordering::Relaxed) || !release(&self.node.datapath, entry).await? {
+                return Ok(false);
+            }
+        }
+        if let Some(entry) = entry {
+            self.node.identity.forget(&entry.uid);
+        }
+        self.node.ledger.strike(cookie)?;
+        Ok(true)
+    }
+
+    async fn drain(self) {
+        let limit = self.node.config.timeouts.drain;
+        let all = async {
+            for pod in self.pods.values() {
+                pod.tasks().close();
+                pod.tasks().wait().await;
+            }
+        };
+        match tokio::time::timeout(limit, all).await {
+            Ok(()) => tracing::info!("every connection has ended"),
+            Err(_elapsed) => tracing::warn!("connections are still open: they are reset"),
+        }
+    }
+}
+
+/// Un-enrols a pod that nothing serves, if its namespace is still at its path. False if it is not.
+async fn release(datapath: &Datapath, entry: &Entry) -> Result<bool> {
+    let Ok(netns) = Netns::open(&entry.netns) else { return Ok(false) };
+    if netns.cookie() != entry.cookie {
+        return Ok(false);
+    }
+    let (routing, _changes) = Routing::connect(Arc::new(netns))?;
+    datapath.release(entry.cookie)?;
+    routing.remove().await?;
+    Ok(true)
+}
+
+/// Removes everything that any agent with this configuration ever made.
+///
+/// # Errors
+///
+/// When something cannot be removed; the rest is.
+pub async fn uninstall(config: &Config) -> Result<()> {
+    let ledger = Ledger::open(&config.runtime_dir).context("opening the runtime directory")?;
+    for entry in ledger.entries().context("reading the runtime directory")? {
+        let Ok(netns) = Netns::open(&entry.netns) else { continue };
+        if netns.cookie() == entry.cookie {
+            let (routing, _changes) = Routing::connect(Arc::new(netns))?;
+            routing.remove().await?;
+        }
+    }
+    Datapath::uninstall(&config.bpffs)?;
+    ledger.remove().context("clearing the runtime directory")
+}
+
+/// Drops idle tunnels whose ends are no longer registered as they were.
+async fn purge_pool(
+    mut snapshots: watch::Receiver<Arc<Snapshot>>,
+    pool: Pool<TlsStream<TcpStream>>,
+) {
+    while snapshots.changed().await.is_ok() {
+        let snapshot = Arc::clone(&snapshots.borrow_and_update());
+        pool.purge(|key: &Key, proof: Proof| {
+            let ends =
+                snapshot.by_uid(&key.client).zip(snapshot.by_address(key.destination.ip()));
+            ends.is_none_or(|(own, server)| registration([own, server]) != proof.registration)
+        });
+    }
+}
+
+impl Inspect for View {
+    fn programs(&self) -> Vec<Program> {
+        let attached = self.node.datapath.programs();
+        let name = |(name, attached): (&str, bool)| Program { name: name.to_owned(), attached };
+        attached.into_iter().map(name).collect()
+    }
+
+    fn pods_synced(&self) -> bool {
+        self.synced.load(Ordering::Relaxed)
+    }
+
+    fn pods(&self) -> Vec<PodFacts> {
+        let pods: Vec<_> = lock(&self.known).pods.values().cloned().collect();
+        pods.iter().map(|pod| self.facts(pod)).collect()
+    }
+}
+
+impl View {
+    fn facts(&self, pod: &PodState) -> PodFacts {
+        let guarded = pod.guarded();
+        let active = guarded.problem.is_none();
+        let devices = guarded.inventory.devices.iter().map(|device| device.name.clone()).collect();
+        let mut guard = vec![
+            GuardLayer { layer: "cgroup".to_owned(), active: true, devices: Vec::new() },
+            GuardLayer { layer: "device".to_owned(), active, devices },
+        ];
+        if !guarded.peers.is_empty() {
+            guard.push(GuardLayer { layer: "peer".to_owned(), active, devices: guarded.peers });
+        }
+        let drops = self.node.datapath.drops(pod.cookie).unwrap_or_default();
+        let svid = lock(&pod.svid);
+        PodFacts {
+            uid: pod.uid.clone(),
+            netns: pod.netns.clone(),
+            udp: *lock(&pod.udp),
+            listening: pod.listening.load(Ordering::Relaxed),
+            guard,
+            drops: drops
+                .into_iter()
+                .map(|drop| Drops {
+                    layer: drop.layer.name().to_owned(),
+                    reason: drop.reason.name().to_owned(),
+                    count: drop.count,
+                })
+                .collect(),
+            svid: svid.as_ref().and_then(|svid| svid.current()),
+            certificate_problem: svid
+                .as_ref()
+                .and_then(|svid| svid.problem())
+                .map(|problem| problem.message),
+            idle_tunnels: self.node.pool.count(|key| *key.client == *pod.uid) as u64,
+            repairs: pod.repairs.load(Ordering::Relaxed),
+            aborted: pod.aborted.load(Ordering::Relaxed),
+        }
+    }
+}

@@ -1,0 +1,167 @@
+//! The connections of one pod: from its applications to the network, and the other way.
+//!
+//! [`outbound`] and [`inbound`] each take one accepted connection to its end; what they do is
+//! decided by [`crate::policy`] and carried by [`crate::tunnel`].
+
+mod inbound;
+mod outbound;
+mod peer;
+
+use std::{
+    hash::{DefaultHasher, Hash as _, Hasher as _},
+    io,
+    net::SocketAddr,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::{Semaphore, watch},
+};
+use tokio_rustls::client::TlsStream;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use self::peer::Failed;
+use crate::{
+    config::Timeouts,
+    identity::{Snapshot, Svid, Workload},
+    pod::sockets::{Facing, PodSockets},
+    policy::Policy,
+    stats::{Direction, PodStats},
+    tunnel::{AppSocket, Pool},
+};
+
+/// How long to wait before the next try when the agent is out of file descriptors or memory.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// How often a pod's failed tunnels are worth a warning.
+const WARN_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Everything that the connections of one pod have in common.
+pub struct PodProxy {
+    /// The pod's UID.
+    pub uid: Arc<str>,
+    /// Makes sockets in the pod.
+    pub sockets: PodSockets,
+    /// The pod's certificate.
+    pub svid: watch::Receiver<Option<Arc<Svid>>>,
+    /// The registry.
+    pub registry: watch::Receiver<Arc<Snapshot>>,
+    /// Who may talk to whom.
+    pub policy: Arc<Policy>,
+    /// The pod's counts.
+    pub stats: Arc<PodStats>,
+    /// When a failure of one of the pod's tunnels was last logged as a warning.
+    pub warned: Mutex<Option<Instant>>,
+    /// The node's idle tunnels.
+    pub pool: Pool<TlsStream<TcpStream>>,
+    /// Bounds the handshakes in flight, by direction.
+    pub handshakes: [Semaphore; 2],
+    /// How long things may take.
+    pub timeouts: Timeouts,
+    /// No new connections: the agent drains.
+    pub drain: CancellationToken,
+    /// The pod's connections end now, with a reset.
+    pub kill: CancellationToken,
+    /// The pod's connections.
+    pub tasks: TaskTracker,
+}
+
+impl PodProxy {
+    /// Serves one of the pod's listeners until the agent drains or the pod goes.
+    pub async fn serve(self: Arc<Self>, listener: TcpListener, facing: Facing) {
+        loop {
+            let accepted = tokio::select! {
+                biased;
+                () = self.kill.cancelled() => return,
+                () = self.drain.cancelled() => return,
+                accepted = listener.accept() => accepted,
+            };
+            match accepted {
+                Ok((stream, client)) => {
+                    let proxy = Arc::clone(&self);
+                    self.tasks.spawn(async move {
+                        let kill = proxy.kill.clone();
+                        // Dropping a connection resets it.
+                        tokio::select! {
+                            biased;
+                            () = kill.cancelled() => {}
+                            () = proxy.connection(stream, client, facing) => {}
+                        }
+                    });
+                }
+                // The client gave up while it waited.
+                Err(error) if is_transient(&error) => {}
+                Err(error) => {
+                    tracing::warn!(pod = %self.uid, %error, "cannot accept connections");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    }
+
+    async fn connection(self: Arc<Self>, stream: TcpStream, client: SocketAddr, facing: Facing) {
+        let Ok(destination) = stream.local_addr() else { return };
+        let (client, destination) = (canonical(client), canonical(destination));
+        match facing {
+            Facing::Application => match AppSocket::new(stream) {
+                Ok(app) => outbound::connection(&self, app, client, destination).await,
+                Err(error) => tracing::debug!(%error, %client, "the application is gone already"),
+            },
+            Facing::Network => inbound::connection(&self, stream, client, destination).await,
+        }
+    }
+
+    /// Tells the operator why a tunnel did not come about. One of a pod in some seconds is a
+    /// warning, which `status` shows; the rest is for the debug log.
+    fn no_tunnel(&self, direction: Direction, other: SocketAddr, failed: &Failed) {
+        self.stats.handshake_failed(direction, failed.kind);
+        let mut warned = self.warned.lock().unwrap_or_else(PoisonError::into_inner);
+        let due = warned.is_none_or(|last| last.elapsed() >= WARN_INTERVAL);
+        let (pod, direction) = (&self.uid, direction.name());
+        if due {
+            *warned = Some(Instant::now());
+            tracing::warn!(%pod, direction, peer = %other.ip(), "no tunnel: {failed}");
+        } else {
+            tracing::debug!(%pod, direction, peer = %other.ip(), "no tunnel: {failed}");
+        }
+    }
+
+    /// The registry as it is now.
+    fn registry(&self) -> Arc<Snapshot> {
+        Arc::clone(&self.registry.borrow())
+    }
+
+    /// The pod's certificate, waited for while the pod has just been enrolled.
+    async fn svid(&self) -> Option<Arc<Svid>> {
+        let mut svid = self.svid.clone();
+        let waited =
+            tokio::time::timeout(self.timeouts.handshake, svid.wait_for(Option::is_some)).await;
+        waited.ok()?.ok()?.clone()
+    }
+}
+
+/// IPv4 mapped into IPv6, as a dual-stack socket shows it, becomes IPv4.
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
+fn is_transient(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionAborted
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::Interrupted
+            | io::ErrorKind::WouldBlock
+    )
+}
+
+/// Stands for what the registry says of both ends of a tunnel: another content, another number.
+pub(crate) fn registration(ends: [&Workload; 2]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    for Workload { uid, id, name, node, addresses } in ends {
+        (uid, id, name, node, addresses).hash(&mut hasher);
+    }
+    hasher.finish()
+}

@@ -1,0 +1,179 @@
+//! A connection that an application in the pod opened.
+
+use std::{
+    io,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use rustls::pki_types::ServerName;
+use tokio::{net::TcpStream, time::timeout};
+use tokio_rustls::{TlsConnector, client::TlsStream};
+
+use super::{PodProxy, peer, peer::Failed, registration};
+use crate::{
+    identity::{Svid, Workload},
+    policy::Verdict,
+    stats::{ConnectionGuard, Direction, HandshakeFailure, Kind, Parties, Party},
+    tunnel::{
+        AppSocket, Header, Role, TraceId,
+        pool::{Key, Proof},
+        relay, relay_plain,
+    },
+};
+
+pub(super) async fn connection(
+    pod: &PodProxy,
+    app: AppSocket,
+    client: SocketAddr,
+    destination: SocketAddr,
+) {
+    let registry = pod.registry();
+    let trace = TraceId(rand::random());
+    let mut parties = Parties {
+        direction: Direction::Outbound,
+        client: Party { address: client, workload: registry.by_uid(&pod.uid).cloned() },
+        server: Party { address: destination, workload: None },
+        trace: None,
+    };
+    match pod.policy.egress(&pod.uid, client.ip(), destination, &registry) {
+        Verdict::Deny(reason) => pod.stats.deny(&parties, reason),
+        Verdict::Plaintext(_) => {
+            if let Ok(guard) = pod.stats.open(parties, Kind::Plaintext) {
+                plaintext(pod, app, client, destination, guard).await;
+            }
+        }
+        Verdict::Mesh(server) => {
+            let Some(own) = parties.client.workload.clone() else { return };
+            parties.server.workload = Some(Arc::clone(&server));
+            parties.trace = Some(trace);
+            if let Ok(guard) = pod.stats.open(parties, Kind::Mtls) {
+                let tunnel = Mesh { pod, client, destination, own, server };
+                tunnel.carry(app, Header::new(client, trace), guard).await;
+            }
+        }
+    }
+}
+
+async fn plaintext(
+    pod: &PodProxy,
+    app: AppSocket,
+    client: SocketAddr,
+    destination: SocketAddr,
+    guard: ConnectionGuard,
+) {
+    let dial = pod.sockets.dial_network(client.ip(), destination);
+    let dialled = patient(pod.timeouts.dial, dial).await.and_then(AppSocket::new);
+    match dialled {
+        Ok(server) => {
+            let end = relay_plain(app, server, guard.traffic()).await;
+            guard.finish(end);
+        }
+        Err(error) => guard.finish(format_args!("cannot connect: {error}")),
+    }
+}
+
+/// A connection to another pod of the mesh.
+struct Mesh<'a> {
+    pod: &'a PodProxy,
+    client: SocketAddr,
+    destination: SocketAddr,
+    own: Arc<Workload>,
+    server: Arc<Workload>,
+}
+
+/// A tunnel that is ready for a connection.
+struct Tunnel {
+    stream: TlsStream<TcpStream>,
+    proof: Proof,
+    /// When the first of the two certificates expires.
+    not_after: SystemTime,
+    pooled: bool,
+}
+
+impl Mesh<'_> {
+    async fn carry(&self, mut app: AppSocket, header: Header, guard: ConnectionGuard) {
+        loop {
+            let mut tunnel = match self.tunnel().await {
+                Ok(tunnel) => tunnel,
+                Err(failed) => {
+                    self.pod.no_tunnel(Direction::Outbound, self.destination, &failed);
+                    return guard.finish(failed);
+                }
+            };
+            let role = Role::Client(header);
+            let outcome = relay(app, &mut tunnel.stream, role, guard.traffic()).await;
+            match outcome.untouched {
+                // The server closed the tunnel while it was idle, and we had not noticed yet.
+                Some(untouched) if tunnel.pooled => app = untouched,
+                Some(_) | None => {
+                    if outcome.reusable {
+                        let Tunnel { stream, proof, not_after, .. } = tunnel;
+                        self.pod.pool.put(self.key(), proof, not_after, stream);
+                    }
+                    return guard.finish(outcome.end);
+                }
+            }
+        }
+    }
+
+    fn key(&self) -> Key {
+        let (client, source) = (Arc::clone(&self.pod.uid), self.client.ip());
+        Key { client, source, destination: self.destination }
+    }
+
+    async fn tunnel(&self) -> Result<Tunnel, Failed> {
+        let svid = self.pod.svid().await.ok_or_else(|| {
+            let detail = "the control plane has issued none, or it has expired";
+            Failed::new(HandshakeFailure::NoCertificate, detail)
+        })?;
+        let proof = Proof {
+            certificate: svid.generation,
+            // A change of the bundle makes another generation.
+            bundle: 0,
+            registration: registration([&self.own, &self.server]),
+        };
+        if let Some((stream, not_after)) = self.pooled(proof, &svid) {
+            return Ok(Tunnel { stream, proof, not_after, pooled: true });
+        }
+        let (stream, not_after) = self.handshake(&svid).await?;
+        Ok(Tunnel { stream, proof, not_after, pooled: false })
+    }
+
+    fn pooled(&self, proof: Proof, svid: &Svid) -> Option<(TlsStream<TcpStream>, SystemTime)> {
+        let stream = self.pod.pool.take(&self.key(), proof)?;
+        let leaf = peer::leaf(stream.get_ref().1).ok()?;
+        Some((stream, leaf.not_after.min(svid.leaf.not_after)))
+    }
+
+    async fn handshake(
+        &self,
+        svid: &Svid,
+    ) -> Result<(TlsStream<TcpStream>, SystemTime), Failed> {
+        let Self { pod, client, destination, server, .. } = self;
+        let closed = |_| Failed::new(HandshakeFailure::Closed, "the pod is going away");
+        let turn = &pod.handshakes[Direction::Outbound as usize];
+        let _turn = turn.acquire().await.map_err(closed)?;
+        let dial = pod.sockets.dial_network(client.ip(), *destination);
+        let tcp = patient(pod.timeouts.dial, dial)
+            .await
+            .map_err(|error| Failed::new(HandshakeFailure::Unreachable, error.to_string()))?;
+        let name = ServerName::IpAddress(destination.ip().into());
+        let connect = TlsConnector::from(Arc::clone(&svid.client)).connect(name, tcp);
+        let stream =
+            patient(pod.timeouts.handshake, connect).await.map_err(|e| Failed::tls(&e))?;
+        let leaf = peer::leaf(stream.get_ref().1)?;
+        peer::check(&leaf, server)?;
+        pod.stats.handshake(Direction::Outbound);
+        Ok((stream, leaf.not_after.min(svid.leaf.not_after)))
+    }
+}
+
+/// Waits for at most `limit`.
+pub(super) async fn patient<T>(
+    limit: Duration,
+    work: impl Future<Output = io::Result<T>>,
+) -> io::Result<T> {
+    timeout(limit, work).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+}
