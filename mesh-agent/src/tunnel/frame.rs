@@ -438,3 +438,6 @@ impl Decoder {
         self.partial.is_empty() && self.payload == 0
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -7,9 +7,81 @@
 //! * [`frame`]: values and bytes. Pure.
 //! * [`relay`](relay()): one connection over one tunnel, for either agent. [`relay_plain`]: the
 //!   same without a tunnel.
-//! * [`server`]: what a server does with an idle tunnel. [`Pool`]: where a client keeps its own.
+//! * [`server`]: what a server does with an idle tunnel. [`pool`]: where a client keeps its own.
+//!
+//! The client's agent, for a connection that an application has opened:
+//!
+//! ```no_run
+//! use mesh_agent::tunnel::{
+//!     AppSocket, Header, Outcome, Pool, Role, TraceId, Traffic,
+//!     pool::{Key, Proof, Tunnel},
+//!     relay,
+//! };
+//! use tokio::net::TcpStream;
+//! # use std::io::Result;
+//! # use mesh_agent::tunnel::ReadAhead;
+//! # type Stream = tokio_rustls::client::TlsStream<ReadAhead<TcpStream>>;
+//! # async fn dial(key: &Key, proof: Proof) -> Result<Tunnel<Stream>> { unimplemented!() }
+//!
+//! async fn carry(accepted: TcpStream, pool: &Pool<Stream>, key: Key, proof: Proof) -> Result<()> {
+//!     let header = Header::new(accepted.peer_addr()?, TraceId([7; 16]));
+//!     let mut app = AppSocket::new(accepted)?; // from here on, dropping it resets it
+//!     let traffic = Traffic::default();
+//!     loop {
+//!         let pooled = pool.take(&key, proof);
+//!         let fresh = pooled.is_none();
+//!         let mut tunnel = match pooled {
+//!             Some(tunnel) => tunnel,
+//!             None => dial(&key, proof).await?,
+//!         };
+//!         let Outcome { end, reusable, untouched } =
+//!             relay(app, &mut tunnel.stream, Role::Client(header), &traffic).await;
+//!         if reusable {
+//!             pool.put(tunnel);
+//!         }
+//!         match untouched {
+//!             // A pooled tunnel was dead, and nothing is lost: another one may do.
+//!             Some(again) if !fresh => app = again,
+//!             _ => return Ok(println!("{} bytes, {end}", traffic.from_client())),
+//!         }
+//!     }
+//! }
+//! ```
+//!
+//! And the server's, for a tunnel that has been accepted and authenticated:
+//!
+//! ```no_run
+//! use mesh_agent::tunnel::{
+//!     AppSocket, Header, Reason, Refusal, Role, Traffic, relay,
+//!     server::{next_open, refuse},
+//! };
+//! # use tokio::net::TcpStream;
+//! # async fn connect_application(_: Header) -> std::io::Result<TcpStream> { unimplemented!() }
+//!
+//! async fn serve(
+//!     mut tunnel: tokio_rustls::server::TlsStream<TcpStream>,
+//! ) -> Result<(), Box<dyn std::error::Error>> {
+//!     while let Some(header) = next_open(&mut tunnel).await? {
+//!         let reusable = match connect_application(header).await {
+//!             Ok(application) => {
+//!                 let app = AppSocket::new(application)?;
+//!                 relay(app, &mut tunnel, Role::Server, &Traffic::default()).await.reusable
+//!             }
+//!             Err(error) => {
+//!                 let why = Refusal::new(Reason::ConnectionRefused, &error.to_string());
+//!                 refuse(&mut tunnel, why).await
+//!             }
+//!         };
+//!         if !reusable {
+//!             break;
+//!         }
+//!     }
+//!     Ok(())
+//! }
+//! ```
 
 mod app;
+mod buffer;
 pub mod frame;
 mod plain;
 pub mod pool;
@@ -18,6 +90,7 @@ mod relay;
 pub mod server;
 
 pub use app::{App, AppSocket};
+pub use buffer::ReadAhead;
 pub use frame::{Header, Malformed, Reason, Refusal, TraceId};
 pub use plain::relay_plain;
 pub use pool::{Pool, PoolLimits};
@@ -25,3 +98,6 @@ pub use relay::{End, Outcome, Role, Traffic, Transport, relay};
 
 /// The protocol's name in the TLS handshake. A connection that negotiated anything else is none.
 pub const ALPN: &[u8] = b"nodemesh/1";
+
+#[cfg(test)]
+mod tests;

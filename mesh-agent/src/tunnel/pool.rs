@@ -41,6 +41,20 @@ pub struct Proof {
     pub registration: u64,
 }
 
+/// A tunnel, with what it connects and what that rests on. It keeps both for life: a tunnel does
+/// not become newer by being used.
+#[derive(Debug)]
+pub struct Tunnel<T> {
+    /// What it connects.
+    pub key: Key,
+    /// What it was authenticated under.
+    pub proof: Proof,
+    /// When the first of the two certificates expires.
+    pub not_after: SystemTime,
+    /// The TLS stream.
+    pub stream: T,
+}
+
 /// Bounds of a [`Pool`].
 #[derive(Clone, Copy, Debug)]
 pub struct PoolLimits {
@@ -91,9 +105,7 @@ struct Idle<T> {
 struct Entry<T> {
     id: u64,
     since: Instant,
-    proof: Proof,
-    not_after: SystemTime,
-    tunnel: T,
+    tunnel: Tunnel<T>,
 }
 
 /// Says which idle tunnels have something to read. Apart from the pool's lock, because a waker may
@@ -123,9 +135,9 @@ fn lock<V>(mutex: &Mutex<V>) -> MutexGuard<'_, V> {
 
 /// Whether an idle tunnel is still idle. Anything there to read is its end: closed, broken, GOAWAY,
 /// or a server that speaks out of turn.
-fn is_quiet<T: Transport>(tunnel: &mut T, cx: &mut Context<'_>) -> bool {
+fn is_quiet<T: Transport>(stream: &mut T, cx: &mut Context<'_>) -> bool {
     // Out of the task's budget, a socket says "pending" without having looked.
-    let look = std::future::poll_fn(|cx| Pin::new(&mut *tunnel).poll_fill_buf(cx).map(|_| ()));
+    let look = std::future::poll_fn(|cx| Pin::new(&mut *stream).poll_fill_buf(cx).map(|_| ()));
     pin!(coop::unconstrained(look)).poll(cx) == Poll::Pending
 }
 
@@ -143,39 +155,33 @@ impl<T: Transport + Send + 'static> Pool<T> {
     /// A live tunnel for `key` that was authenticated under exactly `proof`, if there is one.
     /// Those of another proof are dropped on the way.
     #[must_use]
-    pub fn take(&self, key: &Key, proof: Proof) -> Option<T> {
+    pub fn take(&self, key: &Key, proof: Proof) -> Option<Tunnel<T>> {
         loop {
             // Closed after the lock is released.
             let mut stale = Vec::new();
             let mut entry = lock(&self.0.idle).pop(key, proof, &mut stale)?;
-            if is_quiet(&mut entry.tunnel, &mut Context::from_waker(Waker::noop())) {
+            if is_quiet(&mut entry.tunnel.stream, &mut Context::from_waker(Waker::noop())) {
                 return Some(entry.tunnel);
             }
         }
     }
 
-    /// Keeps an idle tunnel whose two certificates, both, are valid until `not_after`.
-    pub fn put(&self, key: Key, proof: Proof, not_after: SystemTime, mut tunnel: T) {
+    /// Keeps an idle tunnel, if it still is one and there is room for it.
+    pub fn put(&self, mut tunnel: Tunnel<T>) {
         let Shared { limits, idle, alarm } = &*self.0;
         let mut evicted = None;
         let mut idle = lock(idle);
         let id = idle.next_id;
         idle.next_id += 1;
         let waker = Waker::from(Arc::new(EntryWaker { id, alarm: Arc::clone(alarm) }));
-        let kept = idle.tunnels.get(&key).map_or(0, Vec::len);
-        if kept < limits.per_key && is_quiet(&mut tunnel, &mut Context::from_waker(&waker)) {
+        let kept = idle.tunnels.get(&tunnel.key).map_or(0, Vec::len);
+        if kept < limits.per_key && is_quiet(&mut tunnel.stream, &mut Context::from_waker(&waker)) {
             if idle.by_age.len() >= limits.total {
                 evicted = idle.remove_oldest();
             }
-            let since = Instant::now();
-            idle.by_age.insert(id, key.clone());
-            idle.tunnels.entry(key).or_default().push(Entry {
-                id,
-                since,
-                proof,
-                not_after,
-                tunnel,
-            });
+            idle.by_age.insert(id, tunnel.key.clone());
+            let entries = idle.tunnels.entry(tunnel.key.clone()).or_default();
+            entries.push(Entry { id, since: Instant::now(), tunnel });
         }
         drop(idle);
         drop(evicted);
@@ -187,7 +193,7 @@ impl<T: Transport + Send + 'static> Pool<T> {
         let Idle { tunnels, by_age, .. } = &mut *idle;
         let mut dropped = Vec::new();
         tunnels.retain(|key, entries| {
-            dropped.extend(entries.extract_if(.., |entry| gone(key, entry.proof)));
+            dropped.extend(entries.extract_if(.., |entry| gone(key, entry.tunnel.proof)));
             !entries.is_empty()
         });
         for entry in &dropped {
@@ -224,7 +230,7 @@ impl<T> Idle<T> {
         let mut found = None;
         while let Some(entry) = entries.pop() {
             self.by_age.remove(&entry.id);
-            if entry.proof == proof && now < entry.not_after {
+            if entry.tunnel.proof == proof && now < entry.tunnel.not_after {
                 found = Some(entry);
                 break;
             }
@@ -277,7 +283,7 @@ async fn keep<T: Transport>(pool: Weak<Shared<T>>, alarm: Arc<Alarm>, limit: Dur
             let waker = Waker::from(Arc::new(EntryWaker { id, alarm: Arc::clone(&alarm) }));
             let ended = idle
                 .entry_mut(id)
-                .is_some_and(|e| !is_quiet(&mut e.tunnel, &mut Context::from_waker(&waker)));
+                .is_some_and(|e| !is_quiet(&mut e.tunnel.stream, &mut Context::from_waker(&waker)));
             if ended {
                 dropped.extend(idle.remove(id));
             }
@@ -300,3 +306,6 @@ impl<T> Drop for Shared<T> {
         self.alarm.notify.notify_one();
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,7 +1,6 @@
 //! One direction of a relay: from a socket, perhaps framed, to whatever takes the bytes.
 
 use std::{
-    cell::RefCell,
     io,
     pin::{Pin, pin},
     task::{Context, Poll, ready},
@@ -10,39 +9,17 @@ use std::{
 use bytes::BufMut as _;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite};
 
-use super::frame::{FRAME_HEADER, Frame, MAX_CONTROL, MAX_DATA, MAX_FRAME};
+use super::{
+    buffer,
+    frame::{FRAME_HEADER, Frame, MAX_CONTROL, MAX_DATA, MAX_FRAME},
+};
 
 /// Payload frames that one write may carry. A bulk stream then costs a quarter of the writes.
 const BATCH: usize = 4;
-/// A preface (OPEN or STATUS) before, and a FIN or RESET after, the frames of a batch.
-const CAPACITY: usize = BATCH * MAX_FRAME + 2 * MAX_CONTROL;
+// A preface (OPEN or STATUS) goes before the frames of a batch, and a FIN or RESET after them.
+const _: () = assert!(BATCH * MAX_FRAME + 2 * MAX_CONTROL <= buffer::CAPACITY);
 /// Bytes after which a direction lets other tasks run.
 pub(super) const TURN: usize = 4 * BATCH * MAX_FRAME;
-
-/// Idle buffers that each worker thread keeps.
-const SPARE: usize = 2;
-thread_local! {
-    static BUFFERS: RefCell<Vec<Vec<u8>>> = const { RefCell::new(Vec::new()) };
-}
-
-/// A buffer for the length of a poll. Only a direction whose sink is full keeps one for longer, so
-/// idle connections hold none.
-fn borrow_buffer() -> Vec<u8> {
-    let spare = BUFFERS.with_borrow_mut(Vec::pop);
-    spare.unwrap_or_else(|| Vec::with_capacity(CAPACITY))
-}
-
-fn return_buffer(mut buffer: Vec<u8>) {
-    if buffer.capacity() < CAPACITY {
-        return;
-    }
-    buffer.clear();
-    BUFFERS.with_borrow_mut(|spare| {
-        if spare.len() < SPARE {
-            spare.push(buffer);
-        }
-    });
-}
 
 /// What the bytes look like on the sink.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,7 +80,7 @@ impl Pump {
     /// Puts a control frame behind what is already there.
     pub(super) fn push(&mut self, frame: &Frame) {
         if self.buffer.capacity() == 0 {
-            self.buffer = borrow_buffer();
+            self.buffer = buffer::borrow();
         }
         frame.encode(&mut self.buffer);
     }
@@ -178,17 +155,17 @@ impl Pump {
         window: Window,
     ) -> io::Result<Gathered> {
         if self.buffer.capacity() == 0 {
-            self.buffer = borrow_buffer();
+            self.buffer = buffer::borrow();
         }
-        let (header, batch) = match (self.framing, window) {
-            (Framing::Frames, Window::Open) => (FRAME_HEADER, BATCH),
-            (Framing::Frames, Window::OneFrame) => (FRAME_HEADER, 1),
-            (Framing::Raw, _) => (0, BATCH),
+        let (header, most, batch) = match (self.framing, window) {
+            (Framing::Frames, Window::Open) => (FRAME_HEADER, MAX_DATA, BATCH),
+            (Framing::Frames, Window::OneFrame) => (FRAME_HEADER, MAX_DATA, 1),
+            (Framing::Raw, _) => (0, BATCH * MAX_DATA, 1),
         };
         for _ in 0..batch {
             let start = self.buffer.len();
             self.buffer.resize(start + header, 0);
-            let read = pin!(source.read_buf(&mut (&mut self.buffer).limit(MAX_DATA))).poll(cx);
+            let read = pin!(source.read_buf(&mut (&mut self.buffer).limit(most))).poll(cx);
             let Poll::Ready(Ok(read @ 1..)) = read else {
                 self.buffer.truncate(start);
                 return match read {
@@ -204,10 +181,12 @@ impl Pump {
                 };
             };
             self.moved += read as u64;
-            if let Some(field) = self.buffer.get_mut(start..start + header) {
-                field.copy_from_slice(&Frame::data_header(read)[..header]);
+            if self.framing == Framing::Frames
+                && let Some(field) = self.buffer.get_mut(start..start + header)
+            {
+                field.copy_from_slice(&Frame::data_header(read));
             }
-            if read < MAX_DATA {
+            if read < most {
                 break;
             }
         }
@@ -227,7 +206,7 @@ impl Pump {
             }
             self.unflushed = true;
         }
-        return_buffer(std::mem::take(&mut self.buffer));
+        buffer::give_back(std::mem::take(&mut self.buffer));
         self.written = 0;
         if self.unflushed {
             ready!(Pin::new(sink).poll_flush(cx))?;

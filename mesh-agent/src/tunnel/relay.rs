@@ -254,7 +254,10 @@ impl<'a, A: App, T: Transport> Relay<'a, A, T> {
         let mut turn = 0;
         loop {
             match (self.incoming, self.app.as_mut()) {
-                (Incoming::Ended, _) => return Ok(Poll::Ready(())),
+                (Incoming::Ended, _) => {
+                    self.watch(cx)?;
+                    return Ok(Poll::Ready(()));
+                }
                 (Incoming::Fin, Some(app)) => {
                     // An error means that the connection is gone, which reading it will say.
                     let Poll::Ready(_) = Pin::new(app).poll_shutdown(cx) else {
@@ -306,6 +309,19 @@ impl<'a, A: App, T: Transport> Relay<'a, A, T> {
             if let Some(frame) = frame {
                 self.take(frame)?;
             }
+        }
+    }
+
+    /// While only our direction goes on, the tunnel has nothing to say but that it is lost.
+    fn watch(&mut self, cx: &mut Context<'_>) -> Result<(), End> {
+        if self.outgoing.ended() {
+            return Ok(());
+        }
+        match Pin::new(&mut *self.tunnel).poll_fill_buf(cx) {
+            Poll::Pending => Ok(()),
+            Poll::Ready(Ok(&[kind, ..])) => Err(End::Protocol(Malformed::Unexpected(kind))),
+            Poll::Ready(Ok([])) => Err(End::TunnelLost(io::ErrorKind::UnexpectedEof.into())),
+            Poll::Ready(Err(error)) => Err(End::TunnelLost(error)),
         }
     }
 

@@ -22,8 +22,10 @@ pub enum TunnelError {
 }
 
 /// Waits on an idle tunnel for the client's next connection; `None` when the client has closed the
-/// tunnel, as it may between two connections. Cancel safe between frames only: to stop waiting for
-/// good, drop the tunnel too, unless [`go_away`] is all that follows.
+/// tunnel, as it may between two connections.
+///
+/// It may be cancelled, to [`go_away`] and then wait again. Cancelled when half of an OPEN has
+/// arrived, the next call does not recognize the other half, and that connection is lost.
 ///
 /// # Errors
 /// [`TunnelError`]: drop the tunnel.

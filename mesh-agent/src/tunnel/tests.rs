@@ -1,0 +1,8 @@
+//! Tunnels over loopback TCP and real TLS, and the relays between real sockets.
+
+mod bounds;
+mod connection;
+mod corpus;
+mod hostile;
+mod lab;
+mod plain;
