@@ -223,7 +223,9 @@ fn assert_well_formed(output: &[u8], said: &[u8], client: bool, end: &End, reusa
             false
         }
         Frame::Fin | Frame::Reset => true,
-        other => panic!("{other:?} in the middle of the stream"),
+        Frame::Open(_) | Frame::Status(_) | Frame::GoAway => {
+            panic!("{frame:?} in the middle of the stream")
+        }
     });
     assert_eq!(frames.next(), None, "a frame after the end");
     assert!(last.is_some() || !reusable, "a reusable tunnel whose stream has not ended");
@@ -246,11 +248,11 @@ impl Cuts {
         x ^= x >> 17;
         x ^= x << 5;
         self.0.set(x);
-        if x % 4 == 0 {
+        if x.is_multiple_of(4) {
             cx.waker().wake_by_ref();
             return Poll::Pending;
         }
-        let limit = 1 << (x >> 8) % 12;
+        let limit = 1 << ((x >> 8) % 12);
         Poll::Ready(most.min(limit).max(1))
     }
 }

@@ -10,11 +10,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use tokio::{
-    net::TcpStream,
-    sync::{mpsc, watch},
-};
-use tokio_rustls::client::TlsStream;
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -33,7 +29,7 @@ use crate::{
     config::Config,
     identity::{Identity, Snapshot},
     policy::Policy,
-    proxy::registration,
+    proxy::{ClientStream, registration},
     stats::Stats,
     tunnel::{
         Pool,
@@ -60,7 +56,7 @@ pub struct Node {
     /// The pods' counts.
     pub stats: Arc<Stats>,
     /// Idle tunnels.
-    pub pool: Pool<TlsStream<TcpStream>>,
+    pub pool: Pool<ClientStream>,
     /// What is enrolled, on file.
     pub ledger: Ledger,
     /// No new connections.
@@ -334,7 +330,7 @@ pub async fn uninstall(config: &Config) -> Result<()> {
 /// Drops idle tunnels whose ends are no longer registered as they were.
 async fn purge_pool(
     mut snapshots: watch::Receiver<Arc<Snapshot>>,
-    pool: Pool<TlsStream<TcpStream>>,
+    pool: Pool<ClientStream>,
 ) {
     while snapshots.changed().await.is_ok() {
         let snapshot = Arc::clone(&snapshots.borrow_and_update());

@@ -20,7 +20,7 @@ use crate::{
     identity::{Svid, Workload},
     policy::{DenyReason, Verdict},
     stats::{Direction, HandshakeFailure, Kind, Parties, Party},
-    tunnel::{AppSocket, Header, Reason, Refusal, Role, relay, relay_plain, server},
+    tunnel::{AppSocket, Header, ReadAhead, Reason, Refusal, Role, relay, relay_plain, server},
 };
 
 /// A client keeps an idle tunnel for `timeouts.idle_tunnel` of its own configuration; the server
@@ -86,7 +86,7 @@ fn reset(stream: &TcpStream) {
 /// A tunnel from a client that has proven who it is.
 struct Tunnel<'a> {
     pod: &'a PodProxy,
-    stream: TlsStream<TcpStream>,
+    stream: TlsStream<ReadAhead<TcpStream>>,
     client: Leaf,
     /// The certificate that this pod has shown.
     svid: Arc<Svid>,
@@ -100,7 +100,7 @@ async fn handshake(pod: &PodProxy, stream: TcpStream) -> Result<Tunnel<'_>, Fail
     let closed = |_| Failed::new(HandshakeFailure::Closed, "the pod is going away");
     let turn = &pod.handshakes[Direction::Inbound as usize];
     let _turn = turn.acquire().await.map_err(closed)?;
-    let accept = TlsAcceptor::from(Arc::clone(&svid.server)).accept(stream);
+    let accept = TlsAcceptor::from(Arc::clone(&svid.server)).accept(ReadAhead::new(stream));
     let stream = patient(pod.timeouts.handshake, accept).await.map_err(|e| Failed::tls(&e))?;
     let client = peer::leaf(stream.get_ref().1)?;
     pod.stats.handshake(Direction::Inbound);

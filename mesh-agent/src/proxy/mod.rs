@@ -29,7 +29,7 @@ use crate::{
     pod::sockets::{Facing, PodSockets},
     policy::Policy,
     stats::{Direction, PodStats},
-    tunnel::{AppSocket, Pool},
+    tunnel::{AppSocket, Pool, ReadAhead},
 };
 
 /// How long to wait before the next try when the agent is out of file descriptors or memory.
@@ -37,6 +37,9 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// How often a pod's failed tunnels are worth a warning.
 const WARN_INTERVAL: Duration = Duration::from_secs(10);
+
+/// A tunnel, to the client's agent.
+pub type ClientStream = TlsStream<ReadAhead<TcpStream>>;
 
 /// Everything that the connections of one pod have in common.
 pub struct PodProxy {
@@ -55,7 +58,7 @@ pub struct PodProxy {
     /// When a failure of one of the pod's tunnels was last logged as a warning.
     pub warned: Mutex<Option<Instant>>,
     /// The node's idle tunnels.
-    pub pool: Pool<TlsStream<TcpStream>>,
+    pub pool: Pool<ClientStream>,
     /// Bounds the handshakes in flight, by direction.
     pub handshakes: [Semaphore; 2],
     /// How long things may take.

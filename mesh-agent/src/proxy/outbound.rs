@@ -1,24 +1,19 @@
 //! A connection that an application in the pod opened.
 
-use std::{
-    io,
-    net::SocketAddr,
-    sync::Arc,
-    time::{Duration, SystemTime},
-};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use rustls::pki_types::ServerName;
-use tokio::{net::TcpStream, time::timeout};
-use tokio_rustls::{TlsConnector, client::TlsStream};
+use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
 
-use super::{PodProxy, peer, peer::Failed, registration};
+use super::{ClientStream, PodProxy, peer, peer::Failed, registration};
 use crate::{
     identity::{Svid, Workload},
     policy::Verdict,
     stats::{ConnectionGuard, Direction, HandshakeFailure, Kind, Parties, Party},
     tunnel::{
-        AppSocket, Header, Role, TraceId,
-        pool::{Key, Proof},
+        AppSocket, Header, ReadAhead, Role, TraceId,
+        pool::{Key, Proof, Tunnel},
         relay, relay_plain,
     },
 };
@@ -83,20 +78,11 @@ struct Mesh<'a> {
     server: Arc<Workload>,
 }
 
-/// A tunnel that is ready for a connection.
-struct Tunnel {
-    stream: TlsStream<TcpStream>,
-    proof: Proof,
-    /// When the first of the two certificates expires.
-    not_after: SystemTime,
-    pooled: bool,
-}
-
 impl Mesh<'_> {
     async fn carry(&self, mut app: AppSocket, header: Header, guard: ConnectionGuard) {
         loop {
-            let mut tunnel = match self.tunnel().await {
-                Ok(tunnel) => tunnel,
+            let (mut tunnel, pooled) = match self.tunnel().await {
+                Ok(found) => found,
                 Err(failed) => {
                     self.pod.no_tunnel(Direction::Outbound, self.destination, &failed);
                     return guard.finish(failed);
@@ -106,11 +92,10 @@ impl Mesh<'_> {
             let outcome = relay(app, &mut tunnel.stream, role, guard.traffic()).await;
             match outcome.untouched {
                 // The server closed the tunnel while it was idle, and we had not noticed yet.
-                Some(untouched) if tunnel.pooled => app = untouched,
+                Some(untouched) if pooled => app = untouched,
                 Some(_) | None => {
                     if outcome.reusable {
-                        let Tunnel { stream, proof, not_after, .. } = tunnel;
-                        self.pod.pool.put(self.key(), proof, not_after, stream);
+                        self.pod.pool.put(tunnel);
                     }
                     return guard.finish(outcome.end);
                 }
@@ -118,39 +103,32 @@ impl Mesh<'_> {
         }
     }
 
-    fn key(&self) -> Key {
-        let (client, source) = (Arc::clone(&self.pod.uid), self.client.ip());
-        Key { client, source, destination: self.destination }
-    }
-
-    async fn tunnel(&self) -> Result<Tunnel, Failed> {
+    /// A tunnel that is ready for a connection, and whether it has carried others.
+    async fn tunnel(&self) -> Result<(Tunnel<ClientStream>, bool), Failed> {
         let svid = self.pod.svid().await.ok_or_else(|| {
             let detail = "the control plane has issued none, or it has expired";
             Failed::new(HandshakeFailure::NoCertificate, detail)
         })?;
+        let (client, source) = (Arc::clone(&self.pod.uid), self.client.ip());
+        let key = Key { client, source, destination: self.destination };
         let proof = Proof {
             certificate: svid.generation,
             // A change of the bundle makes another generation.
             bundle: 0,
             registration: registration([&self.own, &self.server]),
         };
-        if let Some((stream, not_after)) = self.pooled(proof, &svid) {
-            return Ok(Tunnel { stream, proof, not_after, pooled: true });
+        match self.pod.pool.take(&key, proof) {
+            Some(pooled) => Ok((pooled, true)),
+            None => Ok((self.handshake(&svid, key, proof).await?, false)),
         }
-        let (stream, not_after) = self.handshake(&svid).await?;
-        Ok(Tunnel { stream, proof, not_after, pooled: false })
-    }
-
-    fn pooled(&self, proof: Proof, svid: &Svid) -> Option<(TlsStream<TcpStream>, SystemTime)> {
-        let stream = self.pod.pool.take(&self.key(), proof)?;
-        let leaf = peer::leaf(stream.get_ref().1).ok()?;
-        Some((stream, leaf.not_after.min(svid.leaf.not_after)))
     }
 
     async fn handshake(
         &self,
         svid: &Svid,
-    ) -> Result<(TlsStream<TcpStream>, SystemTime), Failed> {
+        key: Key,
+        proof: Proof,
+    ) -> Result<Tunnel<ClientStream>, Failed> {
         let Self { pod, client, destination, server, .. } = self;
         let closed = |_| Failed::new(HandshakeFailure::Closed, "the pod is going away");
         let turn = &pod.handshakes[Direction::Outbound as usize];
@@ -160,13 +138,13 @@ impl Mesh<'_> {
             .await
             .map_err(|error| Failed::new(HandshakeFailure::Unreachable, error.to_string()))?;
         let name = ServerName::IpAddress(destination.ip().into());
-        let connect = TlsConnector::from(Arc::clone(&svid.client)).connect(name, tcp);
-        let stream =
-            patient(pod.timeouts.handshake, connect).await.map_err(|e| Failed::tls(&e))?;
+        let connect =
+            TlsConnector::from(Arc::clone(&svid.client)).connect(name, ReadAhead::new(tcp));
+        let stream = patient(pod.timeouts.handshake, connect).await.map_err(|e| Failed::tls(&e))?;
         let leaf = peer::leaf(stream.get_ref().1)?;
         peer::check(&leaf, server)?;
         pod.stats.handshake(Direction::Outbound);
-        Ok((stream, leaf.not_after.min(svid.leaf.not_after)))
+        Ok(Tunnel { key, proof, not_after: leaf.not_after.min(svid.leaf.not_after), stream })
     }
 }
 
