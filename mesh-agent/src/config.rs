@@ -13,7 +13,10 @@ use std::{
 };
 
 use mesh_common::spiffe::{SpiffeError, check_segment};
-use serde::{Deserialize, Deserializer, Serialize, de};
+use serde::{
+    Deserialize, Deserializer, Serialize,
+    de::{self, DeserializeOwned},
+};
 use tracing_subscriber::EnvFilter;
 
 use crate::policy::{AddressRanges, Egress, PlaintextIngress, Policy};
@@ -138,8 +141,9 @@ impl Config {
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
         let text = fs::read_to_string(path)
             .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
-        let config: Self = serde_saphyr::from_str(&text).map_err(|source| {
-            ConfigError::Invalid { path: path.to_owned(), source: source.into() }
+        let config: Self = parse_yaml(&text).map_err(|source| ConfigError::Invalid {
+            path: path.to_owned(),
+            source: source.into(),
         })?;
         check_segment(&config.node)?;
         Ok(config)
@@ -370,6 +374,11 @@ pub enum LogFormat {
     Text,
     /// One JSON object per line.
     Json,
+}
+
+/// Reads strict YAML. The error is one line, with the place: also `status` and the log show it.
+pub(crate) fn parse_yaml<T: DeserializeOwned>(text: &str) -> Result<T, serde_saphyr::Error> {
+    serde_saphyr::from_str_with_options(text, serde_saphyr::options! { with_snippet: false })
 }
 
 fn host_name() -> String {

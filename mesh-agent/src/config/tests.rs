@@ -11,7 +11,9 @@ fn load(text: &str) -> Result<Config, ConfigError> {
 /// What the operator reads when `extra` is added to a configuration that is fine without it.
 fn refusal(extra: &str) -> String {
     load(MINIMAL).unwrap();
-    load(&format!("{MINIMAL}{extra}")).unwrap_err().to_string()
+    let error = load(&format!("{MINIMAL}{extra}")).unwrap_err().to_string();
+    assert_eq!(error.lines().count(), 1, "{error}");
+    error
 }
 
 #[test]

@@ -12,7 +12,7 @@ use mesh_common::spiffe::check_segment;
 use serde::{Deserialize, Serialize};
 
 use super::super::PodSpec;
-use crate::config::Udp;
+use crate::config::{Udp, parse_yaml};
 
 /// Far more than a pod file needs.
 const MAX_BYTES: u64 = 64 << 10;
@@ -105,7 +105,7 @@ pub(super) fn read_all(
                     found.insert(name.to_owned(), Err(error.to_string()));
                 }
                 Ok(text) => {
-                    let spec = serde_saphyr::from_str::<PodFile>(&text)
+                    let spec = parse_yaml::<PodFile>(&text)
                         .map_err(|error| error.to_string())
                         .and_then(|file| file.check(default_udp));
                     found.insert(name.to_owned(), spec);
