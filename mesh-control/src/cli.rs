@@ -1,6 +1,7 @@
 //! The command line.
 
 use std::{
+    io::IsTerminal as _,
     net::IpAddr,
     path::{Path, PathBuf},
     process::ExitCode,
@@ -110,7 +111,12 @@ struct ServerArgs {
 #[derive(Debug, Args)]
 struct WorkloadArgs {
     /// Take the workload from a YAML file as it would stand in the registry directory.
-    #[arg(long, exclusive = true, value_name = "FILE", required_unless_present = "uid")]
+    #[arg(
+        long,
+        value_name = "FILE",
+        required_unless_present = "uid",
+        conflicts_with_all = ["uid", "name", "namespace", "service_account", "node", "addresses"]
+    )]
     file: Option<PathBuf>,
     /// This incarnation of the pod; never used for another.
     #[arg(long, requires_all = ["name", "namespace", "service_account", "node", "addresses"])]
@@ -208,8 +214,10 @@ fn serve(path: &Path) -> ExitCode {
 }
 
 fn start_log(log: &Log) {
-    let builder =
-        tracing_subscriber::fmt().with_env_filter(log.level.filter()).with_writer(std::io::stderr);
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(log.level.filter())
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr);
     match log.format {
         LogFormat::Text => builder.init(),
         LogFormat::Json => builder.json().init(),

@@ -13,6 +13,8 @@ use mesh_common::spiffe::TrustDomain;
 use serde::{Deserialize, Deserializer, de};
 use tracing_subscriber::EnvFilter;
 
+use crate::yaml;
+
 /// Where the admin socket is when neither the configuration nor the command line says otherwise.
 pub const DEFAULT_ADMIN_SOCKET: &str = "/run/nodemesh-control/admin.sock";
 
@@ -29,20 +31,12 @@ pub enum ConfigError {
         /// What the kernel said.
         source: io::Error,
     },
-    /// The file's content is not a configuration. The message names the key, line and column.
-    #[error("the configuration {path} is invalid: {source}", path = path.display())]
+    /// The file's content is not a configuration, or two values do not go together.
+    #[error("the configuration {path} is invalid: {reason}", path = path.display())]
     Invalid {
         /// The file.
         path: PathBuf,
-        /// Where and why.
-        source: Box<serde_saphyr::Error>,
-    },
-    /// Two values do not go together.
-    #[error("the configuration {path} is invalid: {reason}", path = path.display())]
-    Contradiction {
-        /// The file.
-        path: PathBuf,
-        /// Which keys, and why.
+        /// Which key, where and why.
         reason: String,
     },
 }
@@ -105,13 +99,9 @@ impl Config {
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
         let text = fs::read_to_string(path)
             .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
-        let config: Self = serde_saphyr::from_str(&text).map_err(|source| {
-            ConfigError::Invalid { path: path.to_owned(), source: source.into() }
-        })?;
-        config
-            .check_lifetimes()
-            .map_err(|reason| ConfigError::Contradiction { path: path.to_owned(), reason })?;
-        Ok(config)
+        yaml::parse(&text)
+            .and_then(|config: Self| config.check_lifetimes().map(|()| config))
+            .map_err(|reason| ConfigError::Invalid { path: path.to_owned(), reason })
     }
 
     /// An issuer is renewed at half of its life, so with these rules no certificate is ever cut
@@ -125,11 +115,7 @@ impl Config {
         ];
         for ((short_key, short), (long_key, long)) in rules {
             if short.checked_mul(2).is_none_or(|twice| twice > long) {
-                return Err(format!(
-                    "{long_key} ({}) must be at least twice {short_key} ({})",
-                    humantime::format_duration(long),
-                    humantime::format_duration(short),
-                ));
+                return Err(format!("{long_key} must be at least twice {short_key}"));
             }
         }
         Ok(())

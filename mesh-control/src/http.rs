@@ -53,3 +53,42 @@ async fn ready(State(control): State<Arc<Control>>) -> Response {
     }
     "ready\n".into_response()
 }
+
+#[cfg(test)]
+mod tests {
+    use axum::{body::Body, http::Request};
+    use http_body_util::BodyExt as _;
+    use tower::ServiceExt as _;
+
+    use super::*;
+    use crate::config::Config;
+
+    async fn get(control: &Arc<Control>, path: &str) -> (StatusCode, String) {
+        let request = Request::get(path).body(Body::empty()).unwrap();
+        let response = router(Arc::clone(control)).oneshot(request).await.unwrap();
+        let status = response.status();
+        let body = response.into_body().collect().await.unwrap().to_bytes();
+        (status, String::from_utf8(body.to_vec()).unwrap())
+    }
+
+    #[tokio::test]
+    async fn probes_and_metrics_are_served() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.yaml");
+        let state = dir.path().join("state");
+        std::fs::write(&path, format!("trust_domain: a\nstate_dir: {}", state.display())).unwrap();
+        let config = Config::load(&path).unwrap();
+        let control = Arc::new(Control::open(config, SystemTime::now()).unwrap());
+        assert_eq!(get(&control, "/healthz").await.0, StatusCode::OK);
+        assert_eq!(get(&control, "/readyz").await.0, StatusCode::OK);
+        assert_eq!(get(&control, "/other").await.0, StatusCode::NOT_FOUND);
+        let (_, metrics) = get(&control, "/metrics").await;
+        for line in [
+            "nodemesh_control_certificates_issued_total{kind=\"control\"} 1",
+            "nodemesh_control_refusals_total{reason=\"token-used\"} 0",
+            "nodemesh_control_agents_connected 0",
+        ] {
+            assert!(metrics.lines().any(|found| found == line), "{line}: {metrics}");
+        }
+    }
+}

@@ -23,3 +23,4 @@ pub mod snapshot;
 pub mod status;
 pub mod tokens;
 pub mod watch;
+pub mod yaml;

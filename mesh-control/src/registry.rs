@@ -16,7 +16,7 @@ use mesh_common::{
 };
 use serde::{Deserialize, Deserializer, Serialize, de};
 
-use crate::files::Source;
+use crate::{files::Source, yaml};
 
 /// The longest UID. Kubernetes' have 36 bytes.
 const MAX_UID_BYTES: usize = 128;
@@ -221,7 +221,7 @@ pub fn file_name(uid: &str) -> String {
 ///
 /// Key, place and reason.
 pub fn parse(text: &str) -> Result<Workload, String> {
-    serde_saphyr::from_str(text).map_err(|error| error.to_string())
+    yaml::parse(text)
 }
 
 fn segment<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {

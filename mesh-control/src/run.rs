@@ -1,6 +1,7 @@
 //! The server: puts the parts together and ends them in order.
 
 use std::{
+    os::unix::fs::OpenOptionsExt as _,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -80,6 +81,7 @@ fn lock(config: &Config) -> anyhow::Result<Flock<std::fs::File>> {
         .create(true)
         .truncate(false)
         .write(true)
+        .mode(0o600)
         .open(&path)
         .with_context(|| path.display().to_string())?;
     Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| {

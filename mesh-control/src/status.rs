@@ -10,7 +10,7 @@ use std::{
 
 use mesh_common::svid::Fingerprint;
 use serde::{Deserialize, Serialize};
-use time::OffsetDateTime;
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use crate::{ca::Validity, control::Control, registry::Problem, sessions::Session};
 
@@ -202,9 +202,10 @@ impl fmt::Display for Status {
         }
         writeln!(f, "trust domain  {}", self.trust_domain)?;
         writeln!(f, "root          {}", self.ca.root_fingerprint)?;
-        writeln!(f, "              until {}", self.ca.root_not_after)?;
+        let time = |time: OffsetDateTime| time.format(&Rfc3339).map_err(|_| fmt::Error);
+        writeln!(f, "              until {}", time(self.ca.root_not_after)?)?;
         let by = if self.ca.issuer_renews_itself { "itself" } else { "the operator" };
-        writeln!(f, "issuing CA    until {}, renewed by {by}", self.ca.issuer_not_after)?;
+        writeln!(f, "issuing CA    until {}, renewed by {by}", time(self.ca.issuer_not_after)?)?;
         writeln!(f, "trust bundle  {} root(s)", self.trust_bundle.len())?;
         writeln!(f, "snapshot      {}, {} workload(s)", self.snapshot_version, self.workloads)?;
         writeln!(f, "issued        {}", list(&self.issued))?;

@@ -224,7 +224,7 @@ mod tests {
 
     #[test]
     fn unknown_and_renamed_tokens_are_refused() {
-        let tokens = fixture().tokens;
+        let Fixture { tokens, dir: _dir } = fixture();
         for token in [token("n1", 2), token("n2", 1)] {
             let result = tokens.consume(&token, now(), now());
             assert!(matches!(result, Err(TokenRefusal::Unknown)));
@@ -233,7 +233,7 @@ mod tests {
 
     #[test]
     fn time_runs_out_and_then_is_forgotten() {
-        let tokens = fixture().tokens;
+        let Fixture { tokens, dir: _dir } = fixture();
         let late = now() + HOUR;
         let result = tokens.consume(&token("n1", 1), late, late);
         assert!(matches!(result, Err(TokenRefusal::Expired)));
@@ -246,7 +246,7 @@ mod tests {
 
     #[test]
     fn of_many_at_once_one_succeeds() {
-        let tokens = fixture().tokens;
+        let Fixture { tokens, dir: _dir } = fixture();
         let successes: usize = std::thread::scope(|scope| {
             let uses: Vec<_> = (0..8)
                 .map(|_| scope.spawn(|| tokens.consume(&token("n1", 1), now(), now()).is_ok()))
@@ -258,7 +258,7 @@ mod tests {
 
     #[test]
     fn joining_again_voids_what_was_before() {
-        let Fixture { tokens, .. } = &fixture();
+        let Fixture { tokens, dir: _dir } = fixture();
         assert!(tokens.is_void("n1", now()), "no node is known before it joins");
         tokens.consume(&token("n1", 1), now(), now()).unwrap();
         assert!(!tokens.is_void("n1", now()));

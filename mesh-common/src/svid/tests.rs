@@ -1,5 +1,6 @@
 //! Every rule of the profile, each with a certificate that differs from a good one in that rule.
 
+use proptest::prelude::*;
 use rcgen::{
     BasicConstraints, Certificate, CertificateParams, CustomExtension, ExtendedKeyUsagePurpose,
     IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType, SerialNumber,
@@ -388,4 +389,25 @@ fn a_key_must_be_the_leaf_s() {
     let root = Authority::root("root");
     let key = PrivateKeyDer::Pkcs8(KeyPair::generate().unwrap().serialize_der().into());
     certified_key(vec![root.sign(&workload())], key).unwrap_err();
+}
+
+proptest! {
+    #[test]
+    fn parsers_are_total(der in prop::collection::vec(any::<u8>(), 0..200)) {
+        if let Ok(pod) = PodRef::decode(&der) {
+            prop_assert_eq!(pod.encode(), der.clone());
+        }
+        prop_assert!(Leaf::parse(&CertificateDer::from(der)).is_err());
+    }
+
+    /// A certificate with one byte changed is refused, whether by its form or by its signature.
+    #[test]
+    fn no_byte_can_be_changed(position in any::<prop::sample::Index>(), bits in 1u8..) {
+        let root = Authority::root("root");
+        let mut der = root.sign(&workload()).to_vec();
+        let at = position.index(der.len());
+        der[at] ^= bits;
+        let chain = [CertificateDer::from(der)];
+        prop_assert!(root.bundle().verify(&chain, Usage::Client, now()).is_err());
+    }
 }
