@@ -161,7 +161,6 @@ async fn connect_one(
     let channel = Endpoint::from_static("http://control.nodemesh")
         .http2_keep_alive_interval(PROBE_EVERY)
         .keep_alive_timeout(PROBE_WITHIN)
-        .keep_alive_while_idle(true)
         .connect_with_connector(service_fn(move |_| {
             // Reconnecting is for the task that owns the connection: it checks everything anew.
             let stream = stream.take().ok_or("the connection to the control plane is lost");

@@ -40,6 +40,18 @@ async fn a_control_plane_without_the_pinned_root_never_sees_the_token() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn the_pinned_root_must_be_among_the_roots_that_are_trusted_from_then_on() {
+    let bench = Bench::new();
+    bench.fake.trust(&[Authority::new("other").root()]);
+    let identity = bench.start();
+    let (_, error) = error_after_start(&identity).await;
+    let pinned = bench.fake.authority().fingerprint().to_string();
+    assert!(error.contains(&pinned), "{error}");
+    assert_eq!(bench.fake.joins(), 1);
+    assert!(!bench.runtime_dir().join("node.pem").exists());
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_is_wrong_with_a_token_is_said() {
     let bench = Bench::new();
     let fingerprint = bench.fake.authority().fingerprint();
