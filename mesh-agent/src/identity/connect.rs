@@ -20,9 +20,6 @@ use tower::service_fn;
 
 use super::status::Chain;
 
-/// The ALPN name of gRPC.
-pub(super) const ALPN: &[u8] = b"h2";
-
 /// How long one address may take, separately for TCP and for TLS.
 const STEP_WITHIN: Duration = Duration::from_secs(5);
 

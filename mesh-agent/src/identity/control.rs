@@ -177,7 +177,7 @@ impl Link {
         let bundle = Arc::clone(snapshot.bundle().unwrap_or(&identity.bundle));
         let verifier = PeerVerifier::new(bundle, Kind::Control);
         let key = Arc::clone(&identity.key);
-        let tls = client_config(Arc::new(verifier), Some(key), connect::ALPN)?;
+        let tls = client_config(Arc::new(verifier), Some(key), api::ALPN)?;
         let expired = async {
             self.clock.sleep_until(identity.leaf.not_after).await;
             Err(LinkError::Expired)

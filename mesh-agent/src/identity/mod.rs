@@ -25,6 +25,7 @@ use std::{io, path::PathBuf, sync::Arc, time::Duration};
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
 
+pub(crate) use self::status::Chain;
 use self::{
     connect::Dialer,
     control::Link,
@@ -35,7 +36,6 @@ use self::{
     snapshots::Snapshots,
     svid_store::SvidStore,
 };
-pub(crate) use self::status::Chain;
 pub use self::{
     registry::{RegistryError, Settings, Snapshot, Workload},
     status::{Connection, Counters, NodeCertificate, Problem, Status},

@@ -20,7 +20,7 @@ use tonic::Code;
 use zeroize::Zeroizing;
 
 use super::{
-    connect::{ALPN, Client, ConnectError, Dialer, connect, words},
+    connect::{Client, ConnectError, Dialer, connect, words},
     credentials::{self, CredentialsError, NewKey},
     files::PrivateDir,
     schedule::rotation_time,
@@ -224,7 +224,7 @@ impl NodeIssuer {
         now: impl Fn() -> SystemTime,
     ) -> Result<NodeIdentity, NodeError> {
         let verifier = PeerVerifier::pinned(token.trust_domain.clone(), token.root);
-        let tls = client_config(Arc::new(verifier), None, ALPN)?;
+        let tls = client_config(Arc::new(verifier), None, api::ALPN)?;
         let mut client = connect(&self.dialer, &self.endpoints, tls).await?.client;
         let key = NewKey::generate()?;
         let request = api::JoinRequest {

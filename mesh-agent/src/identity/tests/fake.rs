@@ -354,7 +354,7 @@ impl Fake {
         let key = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
         let verifier = PeerVerifier::new(Arc::new(trusted), Kind::Node).optional();
         let key = certified_key(chain, key).unwrap();
-        let tls = server_config(Arc::new(verifier), key, b"h2").unwrap();
+        let tls = server_config(Arc::new(verifier), key, api::ALPN).unwrap();
         // An agent that does not like our certificate goes away.
         let Ok(stream) = TlsAcceptor::from(Arc::new(tls)).accept(stream).await else { return };
         tonic::transport::Server::builder()
