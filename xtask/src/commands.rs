@@ -24,25 +24,34 @@ pub(crate) fn build(release: bool) -> Result<()> {
     build_binaries(release)
 }
 
-/// Runs the unit tests and the laboratory's, or only the laboratory tests with `lab` in their
-/// name, `threads` at a time.
+/// Runs every test, or only the laboratory tests with `lab` in their name; `threads` at a time.
 pub(crate) fn test(lab: Option<&str>, threads: u8) -> Result<()> {
-    prepare_laboratory()?;
-    if lab.is_none() {
-        run(cargo().args(["test", "--workspace", "--exclude", "xtask"]))?;
-    }
+    ensure_root()?;
+    setup(Tools::All)?;
+    // The laboratory runs the binaries that lie beside its tests. They are built as part of what
+    // the tests are built of, so that no dependency is built twice.
+    run(cargo().args(["build", "--workspace", "--bins", "--tests"]))?;
+    let packages: &[&str] = match lab {
+        Some(_) => &["--package", "xtask", "--tests"],
+        None => &["--workspace"],
+    };
     let threads = format!("--test-threads={threads}");
-    run(cargo().args(["test", "--package", "xtask", "--", &threads]).args(lab))
+    run(cargo().args(["test", "--no-fail-fast"]).args(packages).args(["--", &threads]).args(lab))
 }
 
-/// Installs what the laboratory needs, and builds the binaries that run in it.
-pub(crate) fn prepare_laboratory() -> Result<()> {
+/// Installs what the demo needs, and builds the binaries that it shows.
+pub(crate) fn prepare_demo() -> Result<()> {
+    ensure_root()?;
+    setup(Tools::All)?;
+    build_binaries(false)
+}
+
+fn ensure_root() -> Result<()> {
     ensure!(
         nix::unistd::geteuid().is_root(),
         "the laboratory makes network namespaces and loads eBPF: run this as root"
     );
-    setup(Tools::All)?;
-    build_binaries(false)
+    Ok(())
 }
 
 /// Checks formatting and runs clippy with every warning denied.

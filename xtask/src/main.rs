@@ -28,7 +28,7 @@ enum Verb {
         /// Run only laboratory tests, those whose name contains this.
         #[arg(long, value_name = "NAME", num_args = 0..=1, default_missing_value = "")]
         lab: Option<String>,
-        /// How many laboratories there are at a time.
+        /// How many tests run at a time.
         #[arg(long, default_value_t = 2)]
         threads: u8,
     },
@@ -53,7 +53,7 @@ fn run(arguments: Arguments) -> Result<()> {
         Verb::Build { release } => commands::build(release),
         Verb::Test { lab, threads } => commands::test(lab.as_deref(), threads),
         Verb::Demo => {
-            commands::prepare_laboratory()?;
+            commands::prepare_demo()?;
             demo::run()
         }
         Verb::Lint => commands::lint(),
