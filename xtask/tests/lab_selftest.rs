@@ -3,10 +3,11 @@
 use std::io::{Read as _, Write as _};
 use std::net::Shutdown;
 use std::path::Path;
+use std::process::Command;
 
 use anyhow::{Result, ensure};
 use xtask::lab::traffic::{accept, exchange, reset_on_close};
-use xtask::lab::{Canary, Lab, Node, Pod};
+use xtask::lab::{Canary, Lab, Node, Pod, until};
 
 struct Topology {
     lab: Lab,
@@ -109,11 +110,30 @@ fn a_laboratory_leaves_nothing_behind() -> Result<()> {
 
     let runtime = lab.directory("a")?;
     let paths = [node.path(), server.path(), replacement.path(), lab.wire().path(), runtime];
-    let mut sleeper = server.run(|| std::process::Command::new("sleep").arg("1000").spawn())?;
+    let mut sleeper = server.run(|| Command::new("sleep").arg("1000").spawn())?;
     drop(lab);
     ensure!(!sleeper.wait()?.success(), "the inhabitant was killed");
     for path in &paths {
         ensure!(!Path::new(path).exists(), "{} is still there", path.display());
     }
+    Ok(())
+}
+
+#[test]
+fn what_a_killed_run_left_is_swept() -> Result<()> {
+    let mut dead = Command::new("true").spawn()?;
+    dead.wait()?;
+    let name = format!("nm-{}-0-left", dead.id());
+    let netns = Path::new("/run/netns").join(&name);
+    ensure!(Command::new("ip").args(["netns", "add", &name]).status()?.success(), "ip netns add");
+    let mut orphan = Command::new("ip").args(["netns", "exec", &name, "sleep", "1000"]).spawn()?;
+    let entered = std::fs::read_link("/proc/self/ns/net")?;
+    until("the orphan to be inside", || {
+        let namespace = std::fs::read_link(format!("/proc/{}/ns/net", orphan.id())).ok()?;
+        (namespace != entered).then_some(())
+    })?;
+    xtask::lab::sweep();
+    ensure!(!orphan.wait()?.success(), "the orphan was killed");
+    ensure!(!netns.exists(), "{} is still there", netns.display());
     Ok(())
 }

@@ -236,8 +236,8 @@ fn report(outcome: Result<()>, path: &Path) {
     }
 }
 
-/// Removes the laboratories whose process is dead.
-fn sweep() {
+/// Removes the laboratories whose process is dead. The first [`Lab::new`] of a process does it.
+pub fn sweep() {
     let dead = |pid: &u32| !Path::new("/proc").join(pid.to_string()).exists();
     for name in names().filter(|(pid, _)| dead(pid)).map(|(_, name)| name) {
         remove(&name);
