@@ -216,9 +216,8 @@ fn attach_device(
 /// Puts the program in the place of the one that a pinned link holds; false if the device is gone.
 fn replace_in_place(program: &mut SchedClassifier, pin: &Path) -> Result<bool, BpfError> {
     let link: FdLink = PinnedLink::from_pin(pin)?.into();
-    let replaced = SchedClassifierLink::try_from(link)
-        .ok()
-        .and_then(|link| program.attach_to_link(link).ok());
+    let replaced =
+        SchedClassifierLink::try_from(link).ok().and_then(|link| program.attach_to_link(link).ok());
     let Some(id) = replaced else { return Ok(false) };
     // The pin holds the link; giving up our descriptor does not detach it.
     drop(program.take_link(id).map_err(BpfError::program("tcx"))?);

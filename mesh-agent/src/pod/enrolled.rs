@@ -27,11 +27,7 @@ use super::{
     sockets::{Facing, PodSockets},
     source::PodSpec,
 };
-use crate::{
-    config::Udp,
-    identity::SvidHandle,
-    proxy::PodProxy,
-};
+use crate::{config::Udp, identity::SvidHandle, proxy::PodProxy};
 
 /// A pod that changes its own network without end is looked at this often.
 const REPAIR_INTERVAL: Duration = Duration::from_millis(200);

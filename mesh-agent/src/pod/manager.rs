@@ -109,12 +109,14 @@ impl Manager {
     /// # Errors
     ///
     /// When the source ends or the kernel no longer tells of events.
-    pub async fn run(mut self, mut pods: mpsc::Receiver<PodEvent>, mut events: Events) -> Result<()> {
+    pub async fn run(
+        mut self,
+        mut pods: mpsc::Receiver<PodEvent>,
+        mut events: Events,
+    ) -> Result<()> {
         let drain = self.node.drain.clone();
-        let registry = tokio::spawn(purge_pool(
-            self.node.identity.snapshots(),
-            self.node.pool.clone(),
-        ));
+        let registry =
+            tokio::spawn(purge_pool(self.node.identity.snapshots(), self.node.pool.clone()));
         let mut sweep = tokio::time::interval(SWEEP_INTERVAL);
         let result = loop {
             tokio::select! {
@@ -271,7 +273,9 @@ impl Manager {
             let Some(entry) = entry.filter(|_| !(self.node.unreadable_pods)()) else {
                 return Ok(false);
             };
-            if !self.view.synced.load(Ordering::Relaxed) || !release(&self.node.datapath, entry).await? {
+            if !self.view.synced.load(Ordering::Relaxed)
+                || !release(&self.node.datapath, entry).await?
+            {
                 return Ok(false);
             }
         }
@@ -328,15 +332,11 @@ pub async fn uninstall(config: &Config) -> Result<()> {
 }
 
 /// Drops idle tunnels whose ends are no longer registered as they were.
-async fn purge_pool(
-    mut snapshots: watch::Receiver<Arc<Snapshot>>,
-    pool: Pool<ClientStream>,
-) {
+async fn purge_pool(mut snapshots: watch::Receiver<Arc<Snapshot>>, pool: Pool<ClientStream>) {
     while snapshots.changed().await.is_ok() {
         let snapshot = Arc::clone(&snapshots.borrow_and_update());
         pool.purge(|key: &Key, proof: Proof| {
-            let ends =
-                snapshot.by_uid(&key.client).zip(snapshot.by_address(key.destination.ip()));
+            let ends = snapshot.by_uid(&key.client).zip(snapshot.by_address(key.destination.ip()));
             ends.is_none_or(|(own, server)| registration([own, server]) != proof.registration)
         });
     }

@@ -45,9 +45,8 @@ pub(super) fn leaf(connection: &CommonState) -> Result<Leaf, Failed> {
     let certificate = connection.peer_certificates().and_then(<[_]>::first);
     let certificate = certificate
         .ok_or_else(|| Failed::new(HandshakeFailure::Certificate, "it showed no certificate"))?;
-    Leaf::parse(certificate).map_err(|error: SvidError| {
-        Failed::new(HandshakeFailure::Certificate, error.to_string())
-    })
+    Leaf::parse(certificate)
+        .map_err(|error: SvidError| Failed::new(HandshakeFailure::Certificate, error.to_string()))
 }
 
 /// Checks that a server is the pod that the registry names for the address that was dialled.
