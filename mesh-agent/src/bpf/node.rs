@@ -1,4 +1,5 @@
 //! The programs and maps that exist once per node.
+#![expect(clippy::wildcard_enum_match_arm, reason = "foreign enums that grow")]
 
 use std::{
     fs::File,

@@ -2,6 +2,7 @@
 //! that deliver marked packets to loopback, and the settings that let marks travel.
 //!
 //! [`Routing::ensure`] compares before it writes, so that its own changes do not look like others'.
+#![expect(clippy::wildcard_enum_match_arm, reason = "foreign enums that grow")]
 
 use std::{fs, io, net::IpAddr, sync::Arc};
 

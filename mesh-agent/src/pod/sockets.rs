@@ -47,6 +47,9 @@ impl PodSockets {
     pub fn listen(&self, facing: Facing) -> io::Result<TcpListener> {
         let socket = self.socket(Domain::IPV6)?;
         socket.set_only_v6(false)?;
+        // Accepted sockets inherit it. They hold the applications' own ports, and without it an
+        // application could not listen again while a tunnel to its port is idle.
+        socket.set_reuse_address(true)?;
         socket.set_ip_transparent_v6(true)?;
         socket.set_tcp_nodelay(true)?;
         self.patience(&socket)?;

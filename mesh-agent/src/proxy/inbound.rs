@@ -1,4 +1,5 @@
 //! A connection that reached the pod from outside.
+#![expect(clippy::wildcard_enum_match_arm, reason = "foreign enums that grow")]
 
 use std::{
     io,
