@@ -15,7 +15,7 @@ struct BpfFs(PathBuf);
 impl BpfFs {
     fn new(name: &str) -> Self {
         let path = std::env::temp_dir().join(format!("nodemesh-{}-{name}", process::id()));
-        fs::create_dir_all(&path).unwrap();
+        fs::create_dir_all(&path).expect("a directory for a file system");
         Self(path)
     }
 }
@@ -28,7 +28,7 @@ impl Drop for BpfFs {
 }
 
 fn cgroup2() -> PathBuf {
-    mesh_agent::node::cgroup2_root().unwrap()
+    mesh_agent::node::cgroup2_root().expect("a cgroup2 hierarchy")
 }
 
 #[tokio::test]

