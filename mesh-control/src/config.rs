@@ -334,7 +334,7 @@ mod tests {
             ("trust_domain: a\nlog: {level: loud=x=y}", "log level", "line 2"),
             ("trust_domain: a\nca: {cert: /a, key: /b}", "root", "line 2"),
             ("{}", "trust_domain", "config.yaml"),
-            ("", "trust_domain", "config.yaml"),
+            ("", "end of input", "config.yaml"),
             ("trust_domain: a\nsvid_lifetime: 60d", "svid_lifetime", "config.yaml"),
             ("trust_domain: a\nroot_lifetime: 100d", "root_lifetime", "config.yaml"),
         ] {
