@@ -223,7 +223,6 @@ fn another_namespace_through_the_pod() -> Result<()> {
 /// In an enrolled pod the plaintext is on loopback, on its way to the agent; in the other one it
 /// is put there by a route.
 #[test]
-#[ignore = "its negative twin does not fire yet: without the mesh the duplicate is not seen"]
 fn loopback_duplicated_to_the_device() -> Result<()> {
     attack("loopback_duplicated_to_the_device", |attack| {
         let to = attack.target.sockets(PORT)[0];
@@ -236,7 +235,8 @@ fn loopback_duplicated_to_the_device() -> Result<()> {
         attack.pod.output("nft", &[&duplicate])?;
         let _listener = attack.pod.listen(PORT)?;
         if attack.pod.pod_name() == "plain" {
-            attack.pod.ip(&[format!("route add local {} dev lo", to.ip())])?;
+            // Without the source it would be the destination, which no router believes.
+            attack.pod.ip(&[format!("route add local {} dev lo src {}", to.ip(), attack.pod.v4())])?;
         }
         let socket = tcp_socket(attack.pod, to.ip())?;
         say_canary(attack.pod, &socket, to, attack.canary);

@@ -5,7 +5,7 @@
 //! ```text
 //! <bpffs>/nodemesh/v<ABI_VERSION>/maps/<NAME>            maps of the node
 //!                                /links/<program>        connect4 connect6 egress
-//!                                /pods/<cookie>/LISTENERS, steer, device-<ifindex>, peer-<ifindex>
+//!                                /pods/<cookie>/LISTENERS, steer, <guard>-<link id>
 //! ```
 //!
 //! A later agent opens the maps, attaches its own programs and only then lets go of the old ones:

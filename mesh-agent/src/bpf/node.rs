@@ -2,6 +2,7 @@
 #![expect(clippy::wildcard_enum_match_arm, reason = "foreign enums that grow")]
 
 use std::{
+    collections::BTreeMap,
     fs::File,
     os::fd::{AsRawFd, RawFd},
     path::{Path, PathBuf},
@@ -19,7 +20,7 @@ use aya::{
 };
 use mesh_common::abi::{Layer, MAX_PODS, PodConfig, PodCounters, Reason};
 
-use super::{BpfError, Events, OBJECT, pins, pins::Pins};
+use super::{BpfError, Events, OBJECT, pins, pins::Pins, pod::Guard};
 
 /// Drops of one pod for one reason at one layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +39,8 @@ pub struct Datapath {
     pods: Mutex<HashMap<MapData, u64, PodConfig>>,
     counters: Mutex<PerCpuHashMap<MapData, u64, PodCounters>>,
     sockets: Mutex<SkStorage<MapData, u32>>,
+    /// The ids of the programs that this agent has loaded for a pod's devices.
+    pub(super) guards: Mutex<BTreeMap<(u64, Guard), u32>>,
     /// Not pinned: it guards nothing, it only wakes this agent.
     _sysctl: CgroupSysctlLink,
 }
@@ -108,6 +111,7 @@ impl Datapath {
             pods: Mutex::new(pods),
             counters: Mutex::new(counters),
             sockets: Mutex::new(sockets),
+            guards: Mutex::default(),
             _sysctl: sysctl,
         };
         Ok((datapath, events))

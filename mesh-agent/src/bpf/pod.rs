@@ -1,10 +1,9 @@
 //! The programs and maps that exist once per pod.
 
 use std::{
-    collections::BTreeSet,
     fs,
     os::fd::{AsFd, AsRawFd},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use aya::{
@@ -18,7 +17,11 @@ use aya::{
 };
 use mesh_common::abi::{INBOUND_LISTENER, OUTBOUND_LISTENER};
 
-use super::{BpfError, Datapath, OBJECT, node::program, pins};
+use super::{
+    BpfError, Datapath, OBJECT,
+    node::{lock, program},
+    pins,
+};
 
 /// How a device frames packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,24 +56,16 @@ impl Datapath {
 
     /// Guards the pod's devices. Call in the pod's network namespace.
     ///
-    /// Devices guarded before get this agent's program in the old one's place; pins of devices that
-    /// are gone are removed.
+    /// Whatever was guarded before gets this agent's program in the old one's place, also a device
+    /// that has left the namespace since: whoever took it elsewhere takes the guard along.
     ///
     /// # Errors
     ///
     /// See [`BpfError`]. Every device that could be guarded is.
     pub fn guard_devices(&self, cookie: u64, devices: &[Device]) -> Result<(), BpfError> {
-        let mut ebpf = self.load_for(cookie)?;
-        let mut result = Ok(());
-        for (name, link) in [("device", DeviceLink::Ethernet), ("device_l3", DeviceLink::None)] {
-            let devices: Vec<&Device> = devices.iter().filter(|d| d.link == link).collect();
-            if !devices.is_empty() {
-                let attached = self.attach(&mut ebpf, cookie, name, "device", &devices);
-                result = result.and(attached);
-            }
-        }
-        self.forget_devices(cookie, "device", devices)?;
-        result
+        let of = |link| devices.iter().filter(|device| device.link == link).collect::<Vec<_>>();
+        let ethernet = self.attach(cookie, Guard::Device, &of(DeviceLink::Ethernet));
+        ethernet.and(self.attach(cookie, Guard::DeviceL3, &of(DeviceLink::None)))
     }
 
     /// Guards the host-side peers of the pod's devices. Call in the network namespace of the host,
@@ -80,58 +75,65 @@ impl Datapath {
     ///
     /// See [`BpfError`].
     pub fn guard_peers(&self, cookie: u64, peers: &[Device]) -> Result<(), BpfError> {
-        let mut ebpf = self.load_for(cookie)?;
-        let all: Vec<&Device> = peers.iter().collect();
-        let result = self.attach(&mut ebpf, cookie, "peer", "peer", &all);
-        self.forget_devices(cookie, "peer", peers)?;
-        result
+        self.attach(cookie, Guard::Peer, &peers.iter().collect::<Vec<_>>())
     }
 
-    fn attach(
-        &self,
-        ebpf: &mut Ebpf,
-        cookie: u64,
-        name: &str,
-        prefix: &str,
-        devices: &[&Device],
-    ) -> Result<(), BpfError> {
-        let program: &mut SchedClassifier = program(ebpf, name)?;
-        program.load().map_err(BpfError::program(name))?;
-        let direction = if prefix == "peer" { TcAttachType::Ingress } else { TcAttachType::Egress };
-        let mut result = Ok(());
-        for device in devices {
-            let pin = self.pins.pod(cookie).join(format!("{prefix}-{}", device.index));
-            let attached = attach_device(program, name, device, direction, &pin);
-            result = result.and(attached);
+    fn attach(&self, cookie: u64, guard: Guard, devices: &[&Device]) -> Result<(), BpfError> {
+        let name = guard.program();
+        let loaded = lock(&self.guards).get(&(cookie, guard)).copied();
+        if loaded.is_some_and(|id| devices.iter().all(|device| is_attached(id, guard, device))) {
+            return Ok(());
         }
-        result
-    }
-
-    fn forget_devices(
-        &self,
-        cookie: u64,
-        prefix: &str,
-        present: &[Device],
-    ) -> Result<(), BpfError> {
-        let present: BTreeSet<u32> = present.iter().map(|device| device.index).collect();
-        for index in self.guarded_devices(cookie, prefix) {
-            if !present.contains(&index) {
-                pins::remove(&self.pins.pod(cookie).join(format!("{prefix}-{index}")))?;
+        let pins = self.guard_pins(cookie, guard);
+        if devices.is_empty() && pins.is_empty() {
+            return Ok(());
+        }
+        let mut ebpf = self.load_for(cookie)?;
+        let program: &mut SchedClassifier = program(&mut ebpf, name)?;
+        program.load().map_err(BpfError::program(name))?;
+        let id = program.info().map_err(BpfError::program(name))?.id();
+        for pin in pins {
+            if !replace_in_place(program, &pin)? {
+                pins::remove(&pin)?;
             }
         }
-        Ok(())
+        let mut result = Ok(());
+        for device in devices {
+            if !is_attached(id, guard, device) {
+                result = result.and(self.attach_device(program, cookie, guard, device));
+            }
+        }
+        if result.is_ok() {
+            lock(&self.guards).insert((cookie, guard), id);
+        }
+        result
     }
 
-    fn guarded_devices(&self, cookie: u64, prefix: &str) -> Vec<u32> {
+    fn attach_device(
+        &self,
+        program: &mut SchedClassifier,
+        cookie: u64,
+        guard: Guard,
+        device: &Device,
+    ) -> Result<(), BpfError> {
+        let name = guard.program();
+        let id = program
+            .attach(&device.name, guard.direction())
+            .map_err(BpfError::program(name))?;
+        let link = FdLink::try_from(program.take_link(id).map_err(BpfError::program(name))?)?;
+        // Named by the link: an index says nothing about a device that changes its namespace.
+        let pin = self.pins.pod(cookie).join(format!("{name}-{}", link.info()?.id()));
+        pins::replace(link, &pin)
+    }
+
+    /// The pins of the links by which one guard is attached.
+    fn guard_pins(&self, cookie: u64, guard: Guard) -> Vec<PathBuf> {
         let Ok(entries) = fs::read_dir(self.pins.pod(cookie)) else { return Vec::new() };
-        entries
-            .flatten()
-            .filter_map(|entry| {
-                let name = entry.file_name();
-                let (found, index) = name.to_str()?.split_once('-')?;
-                if found == prefix { index.parse().ok() } else { None }
-            })
-            .collect()
+        let is_of_guard = |path: &PathBuf| {
+            let name = path.file_name().and_then(|name| name.to_str());
+            name.and_then(|name| name.split_once('-')).is_some_and(|(of, _)| of == guard.program())
+        };
+        entries.flatten().map(|entry| entry.path()).filter(is_of_guard).collect()
     }
 
     /// Hands the agent's listeners in the pod to the kernel, and has it deliver connections to
@@ -170,13 +172,19 @@ impl Datapath {
     ///
     /// See [`BpfError`].
     pub fn is_dead(&self, cookie: u64) -> Result<bool, BpfError> {
-        let mut ebpf = self.load_for(cookie)?;
-        let program: &mut SchedClassifier = program(&mut ebpf, "device")?;
-        program.load().map_err(BpfError::program("device"))?;
-        for index in self.guarded_devices(cookie, "device") {
-            let pin = self.pins.pod(cookie).join(format!("device-{index}"));
-            if replace_in_place(program, &pin)? {
-                return Ok(false);
+        for guard in [Guard::Device, Guard::DeviceL3] {
+            let pins = self.guard_pins(cookie, guard);
+            if pins.is_empty() {
+                continue;
+            }
+            let name = guard.program();
+            let mut ebpf = self.load_for(cookie)?;
+            let program: &mut SchedClassifier = program(&mut ebpf, name)?;
+            program.load().map_err(BpfError::program(name))?;
+            for pin in pins {
+                if replace_in_place(program, &pin)? {
+                    return Ok(false);
+                }
             }
         }
         Ok(true)
@@ -184,7 +192,10 @@ impl Datapath {
 
     /// Detaches a pod's programs: the third guard before the second, whose stamp it wants.
     pub(super) fn release_pod(&self, cookie: u64) -> Result<(), BpfError> {
-        self.forget_devices(cookie, "peer", &[])?;
+        lock(&self.guards).retain(|(of, _), _| *of != cookie);
+        for pin in self.guard_pins(cookie, Guard::Peer) {
+            pins::remove(&pin)?;
+        }
         let directory = self.pins.pod(cookie);
         match fs::remove_dir_all(&directory) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -195,22 +206,41 @@ impl Datapath {
     }
 }
 
-fn attach_device(
-    program: &mut SchedClassifier,
-    name: &str,
-    device: &Device,
-    direction: TcAttachType,
-    pin: &Path,
-) -> Result<(), BpfError> {
-    if pin.exists() {
-        if replace_in_place(program, pin)? {
-            return Ok(());
+/// A program that judges what passes a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Guard {
+    /// The pod's own device, with Ethernet headers.
+    Device,
+    /// The pod's own device, without.
+    DeviceL3,
+    /// The host's end of a device of the pod.
+    Peer,
+}
+
+impl Guard {
+    /// Its name in the object, which its pins begin with.
+    const fn program(self) -> &'static str {
+        match self {
+            Self::Device => "device",
+            Self::DeviceL3 => "device_l3",
+            Self::Peer => "peer",
         }
-        pins::remove(pin)?;
     }
-    let id = program.attach(&device.name, direction).map_err(BpfError::program(name))?;
-    let link = program.take_link(id).map_err(BpfError::program(name))?;
-    pins::replace(FdLink::try_from(link)?, pin)
+
+    /// What the device does with the packets that it judges.
+    const fn direction(self) -> TcAttachType {
+        match self {
+            Self::Device | Self::DeviceL3 => TcAttachType::Egress,
+            Self::Peer => TcAttachType::Ingress,
+        }
+    }
+}
+
+/// Whether a program is attached to a device. If the kernel does not say, it is not: attaching it
+/// then tells why.
+fn is_attached(program: u32, guard: Guard, device: &Device) -> bool {
+    SchedClassifier::query_tcx(&device.name, guard.direction())
+        .is_ok_and(|(_, attached)| attached.iter().any(|info| info.id() == program))
 }
 
 /// Puts the program in the place of the one that a pinned link holds; false if the device is gone.

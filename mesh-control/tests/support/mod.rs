@@ -1,7 +1,7 @@
 //! A control plane on loopback, and an agent's side of its API.
 
 use std::{
-    fs,
+    fs, io,
     net::SocketAddr,
     path::PathBuf,
     sync::Arc,
@@ -24,7 +24,7 @@ use tokio::{
     net::{TcpListener, TcpStream},
     task::JoinHandle,
 };
-use tokio_rustls::TlsConnector;
+use tokio_rustls::{TlsConnector, client::TlsStream};
 use tokio_util::sync::CancellationToken;
 use tonic::{
     Status,
@@ -135,6 +135,22 @@ pub(crate) fn identity(der: Vec<Vec<u8>>, key: &KeyPair) -> Arc<CertifiedKey> {
     certified_key(chain(der), key).unwrap()
 }
 
+/// Connects like an agent, as far as TLS.
+pub(crate) fn connect_tls(
+    address: SocketAddr,
+    verifier: PeerVerifier,
+    identity: Option<Arc<CertifiedKey>>,
+) -> impl Future<Output = io::Result<TlsStream<TcpStream>>> {
+    let config = client_config(Arc::new(verifier), identity, ALPN).unwrap();
+    dial(TlsConnector::from(Arc::new(config)), address)
+}
+
+async fn dial(connector: TlsConnector, address: SocketAddr) -> io::Result<TlsStream<TcpStream>> {
+    let stream = TcpStream::connect(address).await?;
+    let name = ServerName::try_from("control.invalid").unwrap();
+    connector.connect(name, stream).await
+}
+
 /// Connects like an agent.
 pub(crate) async fn connect(
     address: SocketAddr,
@@ -145,11 +161,7 @@ pub(crate) async fn connect(
     let connector = TlsConnector::from(Arc::new(config));
     let connect = tower::service_fn(move |_: tonic::codegen::http::Uri| {
         let connector = connector.clone();
-        async move {
-            let stream = TcpStream::connect(address).await?;
-            let name = ServerName::try_from("control.invalid").unwrap();
-            connector.connect(name, stream).await.map(TokioIo::new)
-        }
+        async move { dial(connector, address).await.map(TokioIo::new) }
     });
     let endpoint = Endpoint::from_static("http://control.invalid");
     endpoint.connect_with_connector(connect).await.map(Client::new)

@@ -198,10 +198,14 @@ impl Lab {
             netns,
         };
         let peer = pod.peer_device();
+        // As CNI's bridge plugin does it: who gets an address gets the hardware address that the
+        // node remembers for it.
+        let [a, b, c, d] = pod.v4.octets();
         netns::ip(
             None,
             &[format!(
-                "link add eth0 netns {} type veth peer name {peer} netns {}",
+                "link add eth0 address 0a:58:{a:02x}:{b:02x}:{c:02x}:{d:02x} netns {} type veth \
+                 peer name {peer} netns {}",
                 pod.name(),
                 node.name()
             )],
