@@ -6,6 +6,8 @@
 use std::{
     io,
     net::{IpAddr, Ipv6Addr, SocketAddr, TcpStream},
+    ops::RangeInclusive,
+    os::fd::AsFd as _,
     sync::Arc,
     time::Duration,
 };
@@ -16,13 +18,20 @@ use socket2::{Domain, Socket, TcpKeepalive, Type};
 use tokio::net::{TcpListener, TcpSocket};
 
 use super::netns::Netns;
-use crate::bpf::Datapath;
+use crate::{bpf::Datapath, sys::socket::limit_ports};
 
 /// Connections that the kernel holds until they are accepted; it cuts to `net.core.somaxconn`.
 const BACKLOG: i32 = 4096;
 
 /// When a silent connection is probed, and how often: `TCP_USER_TIMEOUT` then decides.
 const KEEPALIVE: Duration = Duration::from_secs(60);
+
+/// The ports of the agent's two kinds of dialling sockets, each a half of the kernel's default
+/// range. A tunnel arrives in the server's pod from the client's address, and the agent dials the
+/// application there from the same address: with the same port, the kernel would take the packets
+/// of one connection for those of the other.
+const NETWORK_PORTS: RangeInclusive<u16> = 32_768..=46_883;
+const APPLICATION_PORTS: RangeInclusive<u16> = 46_884..=60_999;
 
 /// Makes sockets in one pod.
 #[derive(Clone)]
@@ -76,10 +85,8 @@ impl PodSockets {
         let socket = self.socket(Domain::for_address(destination))?;
         socket.set_tcp_nodelay(true)?;
         self.patience(&socket)?;
-        setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)?;
         self.datapath.tag(&socket).map_err(io::Error::other)?;
-        socket.bind(&SocketAddr::new(source, 0).into())?;
-        TcpSocket::from_std_stream(TcpStream::from(socket)).connect(destination).await
+        connect(socket, source, &NETWORK_PORTS, destination).await
     }
 
     /// Dials an application in the pod over loopback, as if from `client`.
@@ -102,10 +109,8 @@ impl PodSockets {
         socket.set_mark(CAPTURE_MARK)?;
         // Makes the pod's `sk_lookup` see loopback, and the kernel reuse ports at once.
         socket.bind_device(Some(b"lo"))?;
-        setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)?;
         reset_on_close(&socket)?;
-        socket.bind(&SocketAddr::new(client, 0).into())?;
-        TcpSocket::from_std_stream(TcpStream::from(socket)).connect(destination).await
+        connect(socket, client, &APPLICATION_PORTS, destination).await
     }
 
     fn socket(&self, domain: Domain) -> io::Result<Socket> {
@@ -126,6 +131,20 @@ pub enum Facing {
     Application,
     /// Something outside the pod.
     Network,
+}
+
+/// Connects from an address, and a port that is free towards this destination: chosen only now, so
+/// that it may be in use towards others.
+async fn connect(
+    socket: Socket,
+    source: IpAddr,
+    ports: &RangeInclusive<u16>,
+    destination: SocketAddr,
+) -> io::Result<tokio::net::TcpStream> {
+    setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)?;
+    limit_ports(socket.as_fd(), ports)?;
+    socket.bind(&SocketAddr::new(source, 0).into())?;
+    TcpSocket::from_std_stream(TcpStream::from(socket)).connect(destination).await
 }
 
 fn reset_on_close(socket: &Socket) -> io::Result<()> {

@@ -1,8 +1,9 @@
 //! Socket options that neither `nix` nor `socket2` knows.
-#![expect(unsafe_code, reason = "getsockopt takes a pointer")]
+#![expect(unsafe_code, reason = "getsockopt and setsockopt take a pointer")]
 
 use std::{
     io,
+    ops::RangeInclusive,
     os::fd::{AsRawFd, BorrowedFd},
 };
 
@@ -10,6 +11,9 @@ use nix::libc;
 
 /// `SO_NETNS_COOKIE`, since 5.14.
 const SO_NETNS_COOKIE: libc::c_int = 71;
+
+/// `IP_LOCAL_PORT_RANGE`, since 6.3.
+const IP_LOCAL_PORT_RANGE: libc::c_int = 51;
 
 /// The cookie of the network namespace that a socket was made in: unique while the machine is up.
 ///
@@ -30,4 +34,25 @@ pub(crate) fn netns_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
         )
     };
     if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Limits the ports that the kernel may choose for a socket, IPv4 or IPv6. Of a bound outside of
+/// `net.ipv4.ip_local_port_range` the kernel takes no notice.
+///
+/// # Errors
+///
+/// What `setsockopt` answers; `ENOPROTOOPT` before 6.3.
+pub(crate) fn limit_ports(socket: BorrowedFd<'_>, ports: &RangeInclusive<u16>) -> io::Result<()> {
+    let value = u32::from(*ports.end()) << 16 | u32::from(*ports.start());
+    // SAFETY: the value outlives the call, and its size is given.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_IP,
+            IP_LOCAL_PORT_RANGE,
+            (&raw const value).cast(),
+            size_of_val(&value) as libc::socklen_t,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
