@@ -300,10 +300,11 @@ pub struct Timeouts {
     /// TCP connection establishment by the agent.
     #[serde(deserialize_with = "positive")]
     pub dial: Duration,
-    /// TLS handshake and tunnel header, from the accepted connection on.
+    /// TLS handshake and the first tunnel header, from the accepted connection on.
     #[serde(deserialize_with = "positive")]
     pub handshake: Duration,
-    /// `TCP_USER_TIMEOUT`: how long sent data may stay unacknowledged.
+    /// About how long sent data may stay unacknowledged, before the peer is taken for dead. At
+    /// least some 15 s, since 6.15; older kernels decide by `net.ipv4.tcp_retries2`.
     #[serde(deserialize_with = "positive")]
     pub unacknowledged: Duration,
     /// How long a tunnel without a connection is kept.

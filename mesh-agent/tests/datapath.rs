@@ -46,7 +46,7 @@ async fn programs_load_and_pins_come_and_go() {
     let cookie = u64::MAX;
     datapath.configure(cookie, &config).unwrap();
     assert_eq!(datapath.configuration(cookie).unwrap(), Some(config));
-    assert!(datapath.drops(cookie).unwrap().is_empty());
+    assert_eq!(datapath.counted(cookie).unwrap(), mesh_agent::bpf::Counted::default());
     std::thread::scope(|scope| {
         scope
             .spawn(|| {
@@ -54,7 +54,7 @@ async fn programs_load_and_pins_come_and_go() {
                 let netns = fs::File::open("/proc/thread-self/ns/net").unwrap();
                 let outbound = std::net::TcpListener::bind("[::]:0").unwrap();
                 let inbound = std::net::TcpListener::bind("[::]:0").unwrap();
-                datapath.tag(&outbound).unwrap();
+                datapath.tag(&outbound, mesh_agent::bpf::Tag::Application).unwrap();
                 datapath.steer(cookie, netns.as_fd(), &outbound, &inbound).unwrap();
                 let lo = mesh_agent::bpf::Device {
                     index: 1,

@@ -15,8 +15,8 @@ pub const CAPTURE_MARK: u32 = 0x4d45_5348;
 pub const CAPTURE_TABLE: u32 = 0x4d45_5348;
 
 /// Preference of the policy rule that selects [`CAPTURE_TABLE`]: behind `local` (0), which keeps
-/// loopback and the pod's own addresses local, and before `main` (32766).
-pub const CAPTURE_RULE_PRIORITY: u32 = 100;
+/// loopback and the pod's own addresses local, and before everybody else's.
+pub const CAPTURE_RULE_PRIORITY: u32 = 1;
 
 /// How many addresses a pod can have.
 pub const MAX_POD_ADDRESSES: usize = 8;
@@ -29,6 +29,16 @@ pub const OUTBOUND_LISTENER: u32 = 0;
 
 /// Index of a pod's inbound listener in its `LISTENERS` map.
 pub const INBOUND_LISTENER: u32 = 1;
+
+/// Tag of an agent's socket that carries a tunnel: whatever it sends is encrypted.
+pub const TAG_TUNNEL: u32 = 1;
+
+/// Tag of an agent's socket that carries plaintext which the policy allows, to the address that it
+/// is connected to and nowhere else.
+pub const TAG_PLAINTEXT: u32 = 2;
+
+/// Tag of an agent's socket that faces an application, by loopback: what it sends must not leave.
+pub const TAG_APPLICATION: u32 = 3;
 
 /// Set in [`PodConfig::flags`]: UDP of this pod is dropped, except to port 53.
 pub const POD_DENIES_UDP: u32 = 1;
@@ -158,16 +168,19 @@ impl Reason {
 pub struct PodCounters {
     /// Drops by `[Layer][Reason]`.
     pub drops: [[u64; REASONS]; Layer::ALL.len()],
+    /// UDP datagrams that left by a device of the pod: nobody encrypts them.
+    pub datagrams: u64,
     /// When a drop was last logged, in nanoseconds of the monotonic clock.
     pub last_logged: u64,
 }
 
 impl PodCounters {
     /// Nothing dropped yet.
-    pub const ZERO: Self = Self { drops: [[0; REASONS]; Layer::ALL.len()], last_logged: 0 };
+    pub const ZERO: Self =
+        Self { drops: [[0; REASONS]; Layer::ALL.len()], datagrams: 0, last_logged: 0 };
 }
 
-const _: () = assert!(size_of::<PodCounters>() == 8 * (REASONS * 5 + 1));
+const _: () = assert!(size_of::<PodCounters>() == 8 * (REASONS * 5 + 2));
 
 /// What the programs tell the agent at once, through the ring buffer `EVENTS`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

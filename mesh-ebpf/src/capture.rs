@@ -39,7 +39,8 @@ pub(crate) fn connect<S: Connecting>(
     {
         return Ok(Connect::Leave);
     }
-    if socket.bound_ifindex() > LOOPBACK_IFINDEX {
+    // A link-local destination names its device, to which the kernel binds the socket after this.
+    if socket.bound_ifindex() > LOOPBACK_IFINDEX || is_link_local_v6(destination) {
         return Err(Reason::BoundDevice);
     }
     if !socket.agent_listens() {
@@ -79,7 +80,8 @@ pub(crate) fn steer(pod: Option<&PodConfig>, lookup: &Lookup) -> Result<Steer, R
         return Ok(if is_own(pod, &lookup.local) { Steer::Leave } else { Steer::Outbound });
     }
     // A pod that talks to its own address: the kernel names the device of that address, though
-    // the packet came by loopback. From outside it drops such sources (rp_filter or not).
+    // the packet came by loopback. From outside, IPv4 drops such sources (rp_filter or not), and
+    // with IPv6 the answer goes to the pod itself, so that no connection comes about.
     if is_own(pod, &lookup.local) && is_own(pod, &lookup.remote) {
         return Ok(Steer::Leave);
     }
@@ -114,6 +116,11 @@ fn is_loopback(address: &Address) -> bool {
 fn is_unspecified(address: &Address) -> bool {
     let v4 = is_v4(address) && tail(address) as u32 == 0;
     v4 || (word(address, 0) == 0 && tail(address) == 0)
+}
+
+#[inline(always)]
+fn is_link_local_v6(address: &Address) -> bool {
+    address[0] == 0xfe && address[1] & 0xc0 == 0x80
 }
 
 #[inline(always)]
@@ -200,7 +207,7 @@ mod tests {
 
     #[test]
     fn tcp_and_mptcp_to_others_are_captured() {
-        for destination in ["10.1.0.3", "8.8.8.8", "fd00:1::3", "::2", "fe80::1"] {
+        for destination in ["10.1.0.3", "169.254.169.254", "8.8.8.8", "fd00:1::3", "::2"] {
             assert_eq!(to(destination, APPLICATION), Ok(Connect::Capture), "{destination}");
             let mptcp = Socket { protocol: IPPROTO_MPTCP, ..APPLICATION };
             assert_eq!(to(destination, mptcp), Ok(Connect::Capture), "{destination}");
@@ -228,6 +235,9 @@ mod tests {
         let bound = Socket { bound: 2, ..APPLICATION };
         assert_eq!(to("10.1.0.3", bound), Err(Reason::BoundDevice));
         assert_eq!(to("10.1.0.3", Socket { bound: 1, ..APPLICATION }), Ok(Connect::Capture));
+        for link_local in ["fe80::1", "febf::1"] {
+            assert_eq!(to(link_local, APPLICATION), Err(Reason::BoundDevice));
+        }
         let dead = Socket { listens: false, ..APPLICATION };
         assert_eq!(to("10.1.0.3", dead), Err(Reason::AgentGone));
     }

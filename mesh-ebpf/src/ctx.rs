@@ -14,7 +14,9 @@ use aya_ebpf::{
     },
     programs::{SkBuffContext, SkLookupContext, SockAddrContext, SysctlContext, TcContext},
 };
-use mesh_common::abi::{Address, CAPTURE_MARK, PodConfig, V4_MAPPED_PREFIX};
+use mesh_common::abi::{
+    Address, CAPTURE_MARK, PodConfig, TAG_APPLICATION, TAG_PLAINTEXT, TAG_TUNNEL, V4_MAPPED_PREFIX,
+};
 
 use crate::{
     capture::{Connecting, Lookup},
@@ -107,7 +109,7 @@ impl Connecting for ConnectingSocket<'_> {
     fn is_agent(&self) -> bool {
         let sk = self.sk();
         // SAFETY: the context's own socket, checked.
-        !sk.is_null() && unsafe { maps::is_agent(sk) }
+        !sk.is_null() && matches!(unsafe { maps::tag(sk) }, TAG_TUNNEL | TAG_PLAINTEXT)
     }
 
     #[inline(always)]
@@ -146,7 +148,7 @@ impl Connecting for ConnectingSocket<'_> {
             if sk.is_null() {
                 return false;
             }
-            let listening = (*sk).state == TCP_LISTEN && maps::is_agent(sk);
+            let listening = (*sk).state == TCP_LISTEN && maps::tag(sk) == TAG_APPLICATION;
             bpf_sk_release(sk.cast());
             listening
         }
@@ -254,14 +256,38 @@ fn sender(sk: *mut bpf_sock) -> Sender {
         if full.is_null() {
             return Sender::Kernel;
         }
-        if maps::is_agent(full) {
-            return Sender::Agent;
+        match maps::tag(full) {
+            TAG_TUNNEL => return Sender::Tunnel,
+            TAG_PLAINTEXT => return Sender::Plaintext(remote(full)),
+            _ => {}
         }
         // The kernel's own resets and TIME_WAIT replies come from a raw TCP socket.
         let control = matches!((*full).family, AF_INET | AF_INET6)
             && (*full).type_ == SOCK_RAW
             && (*full).protocol == IPPROTO_TCP;
         if control { Sender::Kernel } else { Sender::Other }
+    }
+}
+
+/// Whom a socket is connected to.
+///
+/// # Safety
+///
+/// `sk` must be a full socket.
+#[inline(always)]
+unsafe fn remote(sk: *mut bpf_sock) -> Address {
+    // SAFETY: as required of the caller; volatile keeps the loads 32 bits wide.
+    unsafe {
+        if (*sk).family == AF_INET {
+            return v4_mapped((*sk).dst_ip4);
+        }
+        let words = (&raw const (*sk).dst_ip6).cast::<u32>();
+        v6([
+            words.read_volatile(),
+            words.add(1).read_volatile(),
+            words.add(2).read_volatile(),
+            words.add(3).read_volatile(),
+        ])
     }
 }
 

@@ -1,9 +1,9 @@
 //! What may leave a pod. Pure decisions: an application's socket never has a reason to put TCP on
 //! anything but loopback, so TCP that is not the agent's own is plaintext on its way out.
 
-use mesh_common::abi::{POD_DENIES_UDP, PodConfig, Reason};
+use mesh_common::abi::{Address, POD_DENIES_UDP, PodConfig, Reason};
 
-use crate::packet::{Bytes, Malformed, RST, Transport, transport};
+use crate::packet::{Bytes, Malformed, RST, Transport, destination, transport};
 
 const DNS: u16 = 53;
 const LOOPBACK_IFINDEX: u32 = 1;
@@ -17,12 +17,23 @@ const ETHERTYPE_IPV6: u16 = 0x86dd;
 /// Whose socket a packet belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Sender {
-    /// Tagged by the agent.
-    Agent,
+    /// The agent's, encrypted.
+    Tunnel,
+    /// The agent's, allowed to this address as it is.
+    Plaintext(Address),
     /// A request or TIME_WAIT socket, or the control socket of the kernel's own replies.
     Kernel,
     /// Any other socket, or none: forwarded, or made by packet sockets.
     Other,
+}
+
+/// What is let out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Pass {
+    /// Encrypted, allowed as it is, or nothing that applications say.
+    Clean,
+    /// A datagram, which nobody encrypts.
+    Udp,
 }
 
 /// A packet on its way out of a pod.
@@ -46,11 +57,12 @@ pub(crate) enum Link {
 
 /// The first guard: packets of sockets, from the network header on.
 #[inline(always)]
-pub(crate) fn cgroup<P: Outgoing>(packet: &P, pod: &PodConfig) -> Result<(), Reason> {
-    if packet.ifindex() == LOOPBACK_IFINDEX || packet.sender() == Sender::Agent {
-        return Ok(());
+pub(crate) fn cgroup<P: Outgoing>(packet: &P, pod: &PodConfig) -> Result<Pass, Reason> {
+    let sender = packet.sender();
+    if packet.ifindex() == LOOPBACK_IFINDEX || sender == Sender::Tunnel {
+        return Ok(Pass::Clean);
     }
-    judge(transport(packet, 0), packet.sender(), pod)
+    judge(packet, 0, sender, pod)
 }
 
 /// The second guard: frames on a device of the pod.
@@ -59,10 +71,11 @@ pub(crate) fn device<P: Outgoing>(
     packet: &P,
     link: Link,
     pod: Option<&PodConfig>,
-) -> Result<(), Reason> {
+) -> Result<Pass, Reason> {
     let pod = pod.ok_or(Reason::Unconfigured)?;
-    if packet.sender() == Sender::Agent {
-        return Ok(());
+    let sender = packet.sender();
+    if sender == Sender::Tunnel {
+        return Ok(Pass::Clean);
     }
     if packet.vlan_tagged() {
         return Err(Reason::EtherType);
@@ -73,13 +86,13 @@ pub(crate) fn device<P: Outgoing>(
             // The frame's own bytes: a packet socket sets the skb's protocol field at will.
             let ethertype = packet.load(ETHERTYPE_OFFSET).ok_or(Reason::Malformed)?;
             match u16::from_be_bytes(ethertype) {
-                ETHERTYPE_ARP => return Ok(()),
+                ETHERTYPE_ARP => return Ok(Pass::Clean),
                 ETHERTYPE_IPV4 | ETHERTYPE_IPV6 => ETHERNET_HEADER,
                 _ => return Err(Reason::EtherType),
             }
         }
     };
-    judge(transport(packet, offset), packet.sender(), pod)
+    judge(packet, offset, sender, pod)
 }
 
 /// The third guard: the stamp of the second, which no pod can forge or learn.
@@ -88,22 +101,30 @@ pub(crate) fn peer(stamp: u32, key: Option<u32>) -> Result<(), Reason> {
     if key == Some(stamp) { Ok(()) } else { Err(Reason::Bypass) }
 }
 
+/// Judges the IP packet that begins at `offset`.
 #[inline(always)]
-fn judge(
-    transport: Result<Transport, Malformed>,
+fn judge<P: Outgoing>(
+    packet: &P,
+    offset: u32,
     sender: Sender,
     pod: &PodConfig,
-) -> Result<(), Reason> {
-    match transport {
+) -> Result<Pass, Reason> {
+    // Somebody in the pod may have given the packet another destination on its way.
+    if let Sender::Plaintext(allowed) = sender
+        && destination(packet, offset) == Some(allowed)
+    {
+        return Ok(Pass::Clean);
+    }
+    match transport(packet, offset) {
         Err(Malformed) => Err(Reason::Malformed),
         // SYN-ACKs and TIME_WAIT's ACKs carry nothing; without them a peer would hang.
-        Ok(Transport::Tcp { payload: 0, .. }) if sender == Sender::Kernel => Ok(()),
-        Ok(Transport::Tcp { payload: 0, flags }) if flags & RST != 0 => Ok(()),
+        Ok(Transport::Tcp { payload: 0, .. }) if sender == Sender::Kernel => Ok(Pass::Clean),
+        Ok(Transport::Tcp { payload: 0, flags }) if flags & RST != 0 => Ok(Pass::Clean),
         Ok(Transport::Tcp { .. } | Transport::TcpFragment) => Err(Reason::Plaintext),
-        Ok(Transport::Udp { .. }) if pod.flags & POD_DENIES_UDP == 0 => Ok(()),
-        Ok(Transport::Udp { port: Some(DNS) }) => Ok(()),
+        Ok(Transport::Udp { .. }) if pod.flags & POD_DENIES_UDP == 0 => Ok(Pass::Udp),
+        Ok(Transport::Udp { port: Some(DNS) }) => Ok(Pass::Udp),
         Ok(Transport::Udp { .. }) => Err(Reason::Udp),
-        Ok(Transport::Control) => Ok(()),
+        Ok(Transport::Control) => Ok(Pass::Clean),
         Ok(Transport::Other) => Err(Reason::Protocol),
     }
 }
@@ -161,7 +182,7 @@ mod tests {
         Frame { bytes, sender, vlan: false }
     }
 
-    fn verdict(ethertype: u16, packet: &[u8], sender: Sender) -> Result<(), Reason> {
+    fn verdict(ethertype: u16, packet: &[u8], sender: Sender) -> Result<Pass, Reason> {
         device(&ethernet(ethertype, packet, sender), Link::Ethernet, Some(&pod(0)))
     }
 
@@ -170,7 +191,7 @@ mod tests {
         for (ethertype, packet) in
             [(ETHERTYPE_IPV4, v4(6, 0, &tcp(1, 0))), (ETHERTYPE_IPV6, v6(6, &tcp(1, 0)))]
         {
-            assert_eq!(verdict(ethertype, &packet, Sender::Agent), Ok(()));
+            assert_eq!(verdict(ethertype, &packet, Sender::Tunnel), Ok(Pass::Clean));
             for sender in [Sender::Kernel, Sender::Other] {
                 assert_eq!(verdict(ethertype, &packet, sender), Err(Reason::Plaintext));
             }
@@ -178,12 +199,23 @@ mod tests {
     }
 
     #[test]
+    fn allowed_plaintext_goes_where_it_is_allowed_to_and_nowhere_else() {
+        let mut packet = v4(6, 0, &tcp(1, 0));
+        packet[16..20].copy_from_slice(&[192, 0, 2, 1]);
+        let to = |last| {
+            Sender::Plaintext(std::net::Ipv4Addr::new(192, 0, 2, last).to_ipv6_mapped().octets())
+        };
+        assert_eq!(verdict(ETHERTYPE_IPV4, &packet, to(1)), Ok(Pass::Clean));
+        assert_eq!(verdict(ETHERTYPE_IPV4, &packet, to(2)), Err(Reason::Plaintext));
+    }
+
+    #[test]
     fn empty_segments_pass_where_the_kernel_needs_them() {
         let syn = v4(6, 0, &tcp(0, 0x02));
         let rst = v4(6, 0, &tcp(0, RST));
         assert_eq!(verdict(ETHERTYPE_IPV4, &syn, Sender::Other), Err(Reason::Plaintext));
-        assert_eq!(verdict(ETHERTYPE_IPV4, &syn, Sender::Kernel), Ok(()));
-        assert_eq!(verdict(ETHERTYPE_IPV4, &rst, Sender::Other), Ok(()));
+        assert_eq!(verdict(ETHERTYPE_IPV4, &syn, Sender::Kernel), Ok(Pass::Clean));
+        assert_eq!(verdict(ETHERTYPE_IPV4, &rst, Sender::Other), Ok(Pass::Clean));
         let rst_with_data = v4(6, 0, &tcp(1, RST));
         assert_eq!(verdict(ETHERTYPE_IPV4, &rst_with_data, Sender::Other), Err(Reason::Plaintext));
     }
@@ -197,7 +229,7 @@ mod tests {
 
     #[test]
     fn only_arp_and_ip_frames_pass() {
-        assert_eq!(verdict(ETHERTYPE_ARP, &[], Sender::Other), Ok(()));
+        assert_eq!(verdict(ETHERTYPE_ARP, &[], Sender::Other), Ok(Pass::Clean));
         for ethertype in [0x8100, 0x88a8, 0x88b5, 0x0003] {
             let frame = v4(6, 0, &tcp(1, 0));
             assert_eq!(verdict(ethertype, &frame, Sender::Other), Err(Reason::EtherType));
@@ -210,7 +242,7 @@ mod tests {
     #[test]
     fn unknown_transports_and_pods_are_dropped() {
         assert_eq!(verdict(ETHERTYPE_IPV4, &v4(132, 0, &[]), Sender::Other), Err(Reason::Protocol));
-        let frame = ethernet(ETHERTYPE_ARP, &[], Sender::Agent);
+        let frame = ethernet(ETHERTYPE_ARP, &[], Sender::Tunnel);
         assert_eq!(device(&frame, Link::Ethernet, None), Err(Reason::Unconfigured));
     }
 
@@ -218,10 +250,10 @@ mod tests {
     fn udp_follows_the_pod_s_setting_and_dns_is_exempt() {
         let datagram = |port: u8| v4(17, 0, &[0, 0, 0, port, 0, 8, 0, 0]);
         let frame = |port| ethernet(ETHERTYPE_IPV4, &datagram(port), Sender::Other);
-        assert_eq!(device(&frame(9), Link::Ethernet, Some(&pod(0))), Ok(()));
+        assert_eq!(device(&frame(9), Link::Ethernet, Some(&pod(0))), Ok(Pass::Udp));
         let denies = pod(POD_DENIES_UDP);
         assert_eq!(device(&frame(9), Link::Ethernet, Some(&denies)), Err(Reason::Udp));
-        assert_eq!(device(&frame(53), Link::Ethernet, Some(&denies)), Ok(()));
+        assert_eq!(device(&frame(53), Link::Ethernet, Some(&denies)), Ok(Pass::Udp));
     }
 
     #[test]

@@ -30,7 +30,7 @@ use mesh_common::abi::{Address, INBOUND_LISTENER, Layer, OUTBOUND_LISTENER, Reas
 
 use crate::{
     capture::{Connect, Steer},
-    guard::Link,
+    guard::{Link, Pass},
 };
 
 const CONNECT_ALLOWED: i32 = 1;
@@ -79,7 +79,7 @@ pub fn egress(ctx: SkBuffContext) -> i32 {
         return EGRESS_PASS;
     };
     match guard::cgroup(&ctx::CgroupPacket(&ctx), pod) {
-        Ok(()) => EGRESS_PASS,
+        Ok(_) => EGRESS_PASS,
         Err(reason) => {
             log::drop(&ctx, cookie, Layer::Cgroup, reason);
             EGRESS_DROP
@@ -103,7 +103,10 @@ pub fn device_l3(ctx: TcContext) -> i32 {
 fn device_guard(ctx: &TcContext, link: Link) -> i32 {
     let cookie = maps::pod_cookie();
     match guard::device(&ctx::DevicePacket(ctx), link, maps::pod(cookie)) {
-        Ok(()) => {
+        Ok(pass) => {
+            if pass == Pass::Udp {
+                maps::count_datagram(cookie);
+            }
             ctx::stamp(ctx, maps::guard_key());
             TCX_NEXT
         }

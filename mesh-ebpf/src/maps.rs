@@ -39,7 +39,7 @@ static EVENTS: RingBuf = RingBuf::with_byte_size(1 << 16, 0);
 #[map]
 static LISTENERS: SockMap = SockMap::with_max_entries(2, 0);
 
-/// The tag on the agent's own sockets, which accepted ones inherit. By file descriptor only, so no
+/// The tags on the agent's own sockets, which accepted ones inherit. By file descriptor only, so no
 /// process in a pod can set it. Socket storage for TCP since 5.2, cloning since 5.4.
 #[btf_map]
 static AGENT_SOCKETS: SocketTags = SocketTags::new();
@@ -96,17 +96,20 @@ pub(crate) fn assign(ctx: &SkLookupContext, listener: u32) -> Result<(), Reason>
     LISTENERS.redirect_sk_lookup(ctx, listener, 0).map_err(|_| Reason::AgentGone)
 }
 
-/// Whether a full socket carries the agent's tag.
+/// The agent's tag on a full socket, one of `TAG_*`; 0 if it is none of the agent's.
 ///
 /// # Safety
 ///
 /// `sk` must be a socket pointer that the verifier accepts, and not null.
 #[inline(always)]
-pub(crate) unsafe fn is_agent(sk: *mut bpf_sock) -> bool {
+pub(crate) unsafe fn tag(sk: *mut bpf_sock) -> u32 {
     let map = ptr::from_ref(&AGENT_SOCKETS).cast_mut().cast::<c_void>();
-    // SAFETY: the map is a socket storage and `sk` a socket, as required of the caller.
-    let tag = unsafe { bpf_sk_storage_get(map, sk.cast(), ptr::null_mut(), 0) };
-    !tag.is_null()
+    // SAFETY: the map is a socket storage and `sk` a socket, as required of the caller; the value
+    // is alive until the program ends.
+    unsafe {
+        let tag = bpf_sk_storage_get(map, sk.cast(), ptr::null_mut(), 0).cast::<u32>();
+        if tag.is_null() { 0 } else { *tag }
+    }
 }
 
 /// Counts a drop; true if it is this pod's turn to be told of.
@@ -129,6 +132,15 @@ pub(crate) fn count(cookie: u64, layer: Layer, reason: Reason) -> bool {
         counters.last_logged = now;
     }
     due
+}
+
+/// Counts a datagram that leaves a pod.
+#[inline(always)]
+pub(crate) fn count_datagram(cookie: u64) {
+    if let Some(counters) = COUNTERS.get_ptr_mut(cookie) {
+        // SAFETY: a map value, alive until the program ends, and this CPU's own.
+        unsafe { (*counters).datagrams += 1 };
+    }
 }
 
 /// Tells the agent. A full buffer means that it is behind, and counters lose nothing.

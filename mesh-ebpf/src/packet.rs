@@ -1,6 +1,8 @@
 //! From the bytes of a packet to its transport protocol. Total: what cannot be followed to the end
 //! is [`Malformed`].
 
+use mesh_common::abi::{Address, V4_MAPPED_PREFIX};
+
 const ICMP: u8 = 1;
 const IGMP: u8 = 2;
 const TCP: u8 = 6;
@@ -47,6 +49,22 @@ pub(crate) enum Transport {
     Control,
     /// Anything else.
     Other,
+}
+
+/// Where the IPv4 or IPv6 packet that begins at `offset` goes.
+#[inline(always)]
+pub(crate) fn destination<B: Bytes>(packet: &B, offset: u32) -> Option<Address> {
+    let [first] = packet.load(offset)?;
+    match first >> 4 {
+        4 => {
+            let mut address = [0; 16];
+            address[..12].copy_from_slice(&V4_MAPPED_PREFIX);
+            address[12..].copy_from_slice(&packet.load::<4>(offset + 16)?);
+            Some(address)
+        }
+        6 => packet.load(offset + 24),
+        _ => None,
+    }
 }
 
 /// The transport of the IPv4 or IPv6 packet that begins at `offset`.
@@ -168,6 +186,19 @@ pub(crate) mod tests {
         packet[6] = next;
         packet.extend_from_slice(body);
         packet
+    }
+
+    #[test]
+    fn the_destination_is_found_in_both_families() {
+        let mut packet = v4(TCP, 0, &[]);
+        packet[16..20].copy_from_slice(&[10, 1, 0, 3]);
+        let mapped = std::net::Ipv4Addr::new(10, 1, 0, 3).to_ipv6_mapped().octets();
+        assert_eq!(destination(&packet, 0), Some(mapped));
+        assert_eq!(destination(&packet[..19].to_vec(), 0), None);
+        let mut packet = v6(TCP, &[]);
+        packet[24..40].copy_from_slice(&[7; 16]);
+        assert_eq!(destination(&packet, 0), Some([7; 16]));
+        assert_eq!(destination(&vec![0x50], 0), None);
     }
 
     fn extension(next: u8, units: u8) -> Vec<u8> {

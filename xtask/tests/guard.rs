@@ -236,7 +236,11 @@ fn loopback_duplicated_to_the_device() -> Result<()> {
         let _listener = attack.pod.listen(PORT)?;
         if attack.pod.pod_name() == "plain" {
             // Without the source it would be the destination, which no router believes.
-            attack.pod.ip(&[format!("route add local {} dev lo src {}", to.ip(), attack.pod.v4())])?;
+            attack.pod.ip(&[format!(
+                "route add local {} dev lo src {}",
+                to.ip(),
+                attack.pod.v4()
+            )])?;
         }
         let socket = tcp_socket(attack.pod, to.ip())?;
         say_canary(attack.pod, &socket, to, attack.canary);

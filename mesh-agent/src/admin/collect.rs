@@ -45,6 +45,10 @@ pub struct PodFacts {
     pub listening: bool,
     /// The layers of the guard; one that this pod cannot have is left out.
     pub guard: Vec<GuardLayer>,
+    /// Why the guard, or what the capture rests on, is not what it should be.
+    pub problem: Option<String>,
+    /// UDP datagrams that left the pod.
+    pub datagrams: u64,
     /// What the guard dropped, as far as it dropped anything.
     pub drops: Vec<Drops>,
     /// The certificate in use.
@@ -157,9 +161,10 @@ impl Admin {
             udp,
             listening,
             guard,
+            problem: facts.problem,
             certificate: svid.map(|svid| Certificate {
                 serial: svid.leaf.serial.clone(),
-                not_before: Some(timestamp(svid.leaf.not_before)),
+                issued: Some(timestamp(svid.issued)),
                 not_after: timestamp(svid.leaf.not_after),
                 next_rotation: timestamp(svid.next_rotation),
             }),
@@ -168,6 +173,7 @@ impl Admin {
             denied: denied.collect(),
             handshakes: handshakes.collect(),
             drops,
+            datagrams: facts.datagrams,
             idle_tunnels: facts.idle_tunnels,
             repairs: facts.repairs,
             aborted: facts.aborted,
@@ -194,7 +200,7 @@ fn control_plane(status: &identity::Status) -> ControlPlane {
         problem: status.last_error.as_ref().map(|problem| problem.message.clone()),
         certificate: status.node_certificate.as_ref().map(|certificate| Certificate {
             serial: certificate.serial.clone(),
-            not_before: None,
+            issued: None,
             not_after: timestamp(certificate.not_after),
             next_rotation: timestamp(certificate.next_renewal),
         }),

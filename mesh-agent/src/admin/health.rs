@@ -56,6 +56,9 @@ fn pod_reasons(pod: &Pod, status: &Status) -> Vec<String> {
     if !pod.listening {
         reasons.push("the agent's listeners in it are not open".to_owned());
     }
+    if let Some(problem) = &pod.problem {
+        reasons.push(format!("its capture cannot be kept up: {problem}"));
+    }
     for layer in pod.guard.iter().filter(|layer| !layer.active) {
         reasons.push(format!("the guard's layer {} is not active", layer.layer));
     }
@@ -91,7 +94,7 @@ mod tests {
 
     #[test]
     fn whatever_is_wrong_is_said() {
-        let cases: [Case; 12] = [
+        let cases: [Case; 13] = [
             (|s| s.control_plane.state = ControlPlaneState::Disconnected, true, "control plane"),
             (|s| s.control_plane.state = ControlPlaneState::Starting, true, "control plane"),
             (|s| s.control_plane.state = ControlPlaneState::AwaitingToken, true, "join token"),
@@ -111,6 +114,7 @@ mod tests {
                 false,
                 "device",
             ),
+            (|s| s.pods[0].problem = Some("no answer".to_owned()), true, "no answer"),
             (|s| s.pods[0].certificate = None, true, "no certificate"),
             (
                 |s| {

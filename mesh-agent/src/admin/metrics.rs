@@ -231,6 +231,9 @@ impl Metrics {
             })
         });
         family(encoder, ("guard_drops", None), "What the guard dropped", drops)?;
+        let datagrams = pods.iter().map(|pod| (labels(pod, []), ConstCounter::new(pod.datagrams)));
+        let help = "UDP datagrams that left a pod, unencrypted";
+        family(encoder, ("udp_datagrams", None), help, datagrams)?;
         let repairs = pods.iter().map(|pod| (labels(pod, []), ConstCounter::new(pod.repairs)));
         let help = "Changes inside the pod that were put back";
         family(encoder, ("repairs", None), help, repairs)?;

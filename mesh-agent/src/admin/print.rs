@@ -127,7 +127,7 @@ pub fn print_certs(status: &Status, style: Style) -> String {
             None => [style.bad("none"), String::new(), String::new(), String::new()],
             Some(certificate) => [
                 clean(&certificate.serial),
-                certificate.not_before.map(|start| until(start, now)).unwrap_or_default(),
+                certificate.issued.map(|issued| until(issued, now)).unwrap_or_default(),
                 until(now, certificate.not_after),
                 until(now, certificate.next_rotation),
             ],
@@ -203,8 +203,8 @@ fn control_plane(status: &Status) -> String {
 }
 
 fn certificate_line(certificate: &Certificate, now: OffsetDateTime) -> String {
-    let Certificate { serial, not_before, not_after, next_rotation } = certificate;
-    let age = not_before.map(|start| format!("issued {}, ", ago(start, now))).unwrap_or_default();
+    let Certificate { serial, issued, not_after, next_rotation } = certificate;
+    let age = issued.map(|issued| format!("issued {}, ", ago(issued, now))).unwrap_or_default();
     let (expires, rotates) = (until(now, *not_after), until(now, *next_rotation));
     format!("serial {}, {age}expires in {expires}, rotates in {rotates}", clean(serial))
 }
@@ -232,6 +232,9 @@ fn pod_block(pod: &Pod, now: OffsetDateTime, style: Style) -> String {
     if !pod.listening {
         guard.push(style.bad("listeners closed"));
     }
+    if let Some(problem) = &pod.problem {
+        guard.push(style.bad(&clean(problem)));
+    }
     fact("guard", guard.join(", "));
     let denied = pod.denied.iter().map(|denied| (denied.reason.as_str(), denied.count));
     fact(
@@ -255,6 +258,7 @@ fn pod_block(pod: &Pod, now: OffsetDateTime, style: Style) -> String {
         .iter()
         .map(|drops| format!("{}/{} {}", clean(&drops.layer), clean(&drops.reason), drops.count))
         .collect();
+    fact("udp", format!("{:?}, {} datagrams left", pod.udp, pod.datagrams).to_lowercase());
     fact("drops", if drops.is_empty() { "none".to_owned() } else { drops.join(", ") });
     fact("repairs", format!("{}; {} connections aborted at enrolment", pod.repairs, pod.aborted));
     format!(

@@ -91,9 +91,9 @@ pub enum ControlPlaneState {
 pub struct Certificate {
     /// In hexadecimal.
     pub serial: String,
-    /// Not valid before; of a pod's certificate only.
+    /// When it was issued; of a pod's certificate only. It is valid from a little earlier on.
     #[serde(default, with = "rfc3339::option")]
-    pub not_before: Option<OffsetDateTime>,
+    pub issued: Option<OffsetDateTime>,
     /// Not valid after.
     #[serde(with = "rfc3339")]
     pub not_after: OffsetDateTime,
@@ -130,6 +130,8 @@ pub struct Pod {
     pub listening: bool,
     /// The layers of the guard. A layer that this pod cannot have is left out.
     pub guard: Vec<GuardLayer>,
+    /// Why the guard, or what the capture rests on, is not what it should be.
+    pub problem: Option<String>,
     /// The certificate it shows.
     pub certificate: Option<Certificate>,
     /// Why it has no certificate, or no fresh one.
@@ -142,6 +144,8 @@ pub struct Pod {
     pub handshakes: Vec<Handshakes>,
     /// What the guard dropped.
     pub drops: Vec<Drops>,
+    /// UDP datagrams that left the pod, which are not encrypted.
+    pub datagrams: u64,
     /// Tunnels kept for the next connection.
     pub idle_tunnels: u64,
     /// How often rules, routes or sysctls changed inside the pod were put back.
@@ -299,7 +303,7 @@ pub(super) mod tests {
         let time = OffsetDateTime::from_unix_timestamp(1_800_000_000).unwrap();
         let certificate = Certificate {
             serial: "80000f".to_owned(),
-            not_before: Some(time - Duration::minutes(10)),
+            issued: Some(time - Duration::minutes(10)),
             not_after: time + Duration::hours(4),
             next_rotation: time + Duration::hours(2),
         };
@@ -316,6 +320,7 @@ pub(super) mod tests {
                 active: true,
                 devices: vec!["eth0".to_owned()],
             }],
+            problem: None,
             certificate: Some(certificate.clone()),
             certificate_problem: None,
             connections: vec![Connections {
@@ -341,6 +346,7 @@ pub(super) mod tests {
                 reason: "plaintext".to_owned(),
                 count: 12,
             }],
+            datagrams: 5,
             idle_tunnels: 1,
             repairs: 0,
             aborted: 4,
@@ -360,7 +366,7 @@ pub(super) mod tests {
                 last_sync: Some(time - Duration::seconds(12)),
                 snapshot_version: 42,
                 problem: None,
-                certificate: Some(Certificate { not_before: None, ..certificate }),
+                certificate: Some(Certificate { issued: None, ..certificate }),
             },
             programs: vec![Program { name: "connect4".to_owned(), attached: true }],
             pods_synced: true,

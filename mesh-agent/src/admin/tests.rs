@@ -86,6 +86,8 @@ fn facts(uid: &str, netns: &Path) -> PodFacts {
         udp: Udp::Allow,
         listening: true,
         guard: Vec::new(),
+        problem: None,
+        datagrams: 0,
         drops: Vec::new(),
         svid: None,
         certificate_problem: None,

@@ -26,7 +26,7 @@ use aya::{
 };
 
 pub use events::{Events, GuardEvent};
-pub use node::{Datapath, DropCount};
+pub use node::{Counted, Datapath, DropCount, Tag};
 pub use pod::{Device, DeviceLink};
 
 /// What went wrong between the agent and the kernel's eBPF.

@@ -14,11 +14,14 @@ use aya::{
     maps::{Array, HashMap, MapData, MapError, PerCpuHashMap, PerCpuValues, SkStorage},
     programs::{
         CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, CgroupSockAddr, CgroupSysctl,
-        cgroup_sysctl::CgroupSysctlLink, links::FdLink,
+        cgroup_sysctl::CgroupSysctlLink,
+        links::{FdLink, PinnedLink},
     },
     util::nr_cpus,
 };
-use mesh_common::abi::{Layer, MAX_PODS, PodConfig, PodCounters, Reason};
+use mesh_common::abi::{
+    Layer, MAX_PODS, PodConfig, PodCounters, Reason, TAG_APPLICATION, TAG_PLAINTEXT, TAG_TUNNEL,
+};
 
 use super::{BpfError, Events, OBJECT, pins, pins::Pins, pod::Guard};
 
@@ -31,6 +34,27 @@ pub struct DropCount {
     pub reason: Reason,
     /// How many packets, frames or `connect()` calls.
     pub count: u64,
+}
+
+/// What a socket of the agent is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Tag {
+    /// Tunnels: what it sends is encrypted.
+    Tunnel = TAG_TUNNEL,
+    /// Plaintext that the policy allows, to where it is connected.
+    Plaintext = TAG_PLAINTEXT,
+    /// An application of the pod: what it sends must not leave.
+    Application = TAG_APPLICATION,
+}
+
+/// What the guards have counted of one pod.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Counted {
+    /// What was dropped, the zeros left out.
+    pub drops: Vec<DropCount>,
+    /// UDP datagrams that left.
+    pub datagrams: u64,
 }
 
 /// The eBPF side of the node. Dropping it leaves everything attached.
@@ -189,17 +213,18 @@ impl Datapath {
         gone(lock(&self.counters).remove(&cookie)).map_err(BpfError::map("COUNTERS"))
     }
 
-    /// What was dropped of a pod, the zeros left out.
+    /// What the guards have counted of a pod.
     ///
     /// # Errors
     ///
     /// The map's own.
-    pub fn drops(&self, cookie: u64) -> Result<Vec<DropCount>, BpfError> {
+    pub fn counted(&self, cookie: u64) -> Result<Counted, BpfError> {
         let per_cpu = match lock(&self.counters).get(&cookie, 0) {
             Ok(values) => values,
-            Err(MapError::KeyNotFound) => return Ok(Vec::new()),
+            Err(MapError::KeyNotFound) => return Ok(Counted::default()),
             Err(source) => return Err(BpfError::Map { name: "COUNTERS", source }),
         };
+        let datagrams = per_cpu.iter().map(|counters| counters.datagrams).sum();
         let mut drops = Vec::new();
         for layer in Layer::ALL {
             for reason in Reason::ALL {
@@ -210,23 +235,24 @@ impl Datapath {
                 }
             }
         }
-        Ok(drops)
+        Ok(Counted { drops, datagrams })
     }
 
-    /// The node's programs, and whether each is pinned.
+    /// The node's programs, and whether each is attached.
     pub fn programs(&self) -> [(&'static str, bool); 3] {
-        ["connect4", "connect6", "egress"].map(|name| (name, self.pins.link(name).exists()))
+        ["connect4", "connect6", "egress"]
+            .map(|name| (name, PinnedLink::from_pin(self.pins.link(name)).is_ok()))
     }
 
-    /// Marks a socket as the agent's own, and with it every socket that it accepts. The guards let
-    /// pass what such sockets send.
+    /// Marks a socket as the agent's own, and with it every socket that it accepts: what the guards
+    /// let pass of it.
     ///
     /// # Errors
     ///
     /// The map's own.
-    pub fn tag(&self, socket: &impl AsRawFd) -> Result<(), BpfError> {
+    pub fn tag(&self, socket: &impl AsRawFd, tag: Tag) -> Result<(), BpfError> {
         let fd: RawFd = socket.as_raw_fd();
-        lock(&self.sockets).insert(&fd, 1, 0).map_err(BpfError::map("AGENT_SOCKETS"))
+        lock(&self.sockets).insert(&fd, tag as u32, 0).map_err(BpfError::map("AGENT_SOCKETS"))
     }
 
     /// Detaches and removes everything that any agent ever pinned below `bpffs`.
@@ -236,6 +262,15 @@ impl Datapath {
     /// The file system's.
     pub fn uninstall(bpffs: &Path) -> Result<(), BpfError> {
         Pins::remove_all(bpffs)
+    }
+
+    /// Detaches what agents with another layout of the maps have pinned.
+    ///
+    /// # Errors
+    ///
+    /// The file system's.
+    pub fn retire_other_versions(&self) -> Result<(), BpfError> {
+        self.pins.remove_other_versions()
     }
 
     /// Where everything is pinned.

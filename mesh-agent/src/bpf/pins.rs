@@ -118,6 +118,18 @@ impl Pins {
         }
     }
 
+    /// Removes the pins of other versions, and with them whatever is attached.
+    pub(super) fn remove_other_versions(&self) -> Result<(), BpfError> {
+        let entries = fs::read_dir(&self.base).map_err(BpfError::io(&self.base))?;
+        for version in entries.flatten().map(|entry| entry.path()) {
+            if version != self.root {
+                fs::remove_dir_all(&version).map_err(BpfError::io(&version))?;
+                tracing::info!(path = %version.display(), "removed the pins of another version");
+            }
+        }
+        Ok(())
+    }
+
     /// The directory that holds every version.
     pub(super) fn base(&self) -> &Path {
         &self.base

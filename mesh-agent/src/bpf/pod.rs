@@ -117,9 +117,8 @@ impl Datapath {
         device: &Device,
     ) -> Result<(), BpfError> {
         let name = guard.program();
-        let id = program
-            .attach(&device.name, guard.direction())
-            .map_err(BpfError::program(name))?;
+        let id =
+            program.attach(&device.name, guard.direction()).map_err(BpfError::program(name))?;
         let link = FdLink::try_from(program.take_link(id).map_err(BpfError::program(name))?)?;
         // Named by the link: an index says nothing about a device that changes its namespace.
         let pin = self.pins.pod(cookie).join(format!("{name}-{}", link.info()?.id()));
@@ -163,6 +162,11 @@ impl Datapath {
         let id = program.attach(netns).map_err(BpfError::program(name))?;
         let link = program.take_link(id).map_err(BpfError::program(name))?;
         pins::replace(FdLink::from(link), &self.pins.pod(cookie).join(name))
+    }
+
+    /// Whether an agent got as far as [`Self::steer`] in this pod, the last step of an enrolment.
+    pub fn is_steered(&self, cookie: u64) -> bool {
+        self.pins.pod(cookie).join("steer").exists()
     }
 
     /// Whether everything that a pod's guards were attached to is gone. Without devices there is

@@ -1,12 +1,7 @@
 //! One pod's certificate from enrolment to un-enrolment: asked for, checked, published, rotated,
 //! and taken out of use as soon as it is no longer true.
 
-use std::{
-    future,
-    pin::pin,
-    sync::Arc,
-    time::{Duration, SystemTime},
-};
+use std::{future, pin::pin, sync::Arc, time::Duration};
 
 use mesh_common::api;
 use tokio::sync::watch;
@@ -16,7 +11,7 @@ use super::{
     connect::{Client, words},
     credentials::{self, CredentialsError, NewKey},
     registry::Snapshot,
-    schedule::{Clock, before_it_is_too_late, retry_delays, rotation_time},
+    schedule::{Clock, Service, before_it_is_too_late, retry_delays},
     status::{Counters, Problem, count},
     svid::{Assignment, Registration, Rejection, Svid},
     svid_store::SvidStore,
@@ -109,7 +104,8 @@ impl Rotation {
         let now = clock.now();
         let current = self.svid.borrow().clone();
         if let Some(svid) = current {
-            match Svid::new(assignment, Arc::clone(&svid.key), |_| svid.next_rotation, now) {
+            let service = Service { issued: svid.issued, next_rotation: svid.next_rotation };
+            match Svid::new(assignment, Arc::clone(&svid.key), |_| service, now) {
                 Ok(svid) => self.publish(svid),
                 Err(rejection) => self.withdraw(&rejection.to_string()),
             }
@@ -121,7 +117,7 @@ impl Rotation {
                 |leaf| {
                     // The certificate does not say when it was issued: its beginning is set back.
                     let issued = leaf.not_after.checked_sub(lifetime).unwrap_or(leaf.not_before);
-                    rotation_time(issued.max(leaf.not_before), leaf.not_after, &mut rand::rng())
+                    Service::new(issued.max(leaf.not_before), leaf.not_after)
                 },
                 now,
             );
@@ -211,11 +207,10 @@ impl Rotation {
             .chain;
         let pem = key.to_pem(&chain);
         let now = clock.now();
-        let next = |not_after: SystemTime| rotation_time(now, not_after, &mut rand::rng());
         let svid = Svid::new(
             assignment,
             credentials::from_pem(pem.as_bytes())?,
-            |leaf| next(leaf.not_after),
+            |leaf| Service::new(now, leaf.not_after),
             now,
         )?;
         store.save(&self.uid, &pem);

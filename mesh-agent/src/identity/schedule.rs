@@ -32,6 +32,20 @@ pub(super) fn rotation_time(
     issued + lifetime.mul_f64(rng.random_range(ROTATE_AFTER))
 }
 
+/// When a certificate was issued, and when its successor is asked for.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Service {
+    pub(super) issued: SystemTime,
+    pub(super) next_rotation: SystemTime,
+}
+
+impl Service {
+    /// Of a certificate that was issued at `issued`.
+    pub(super) fn new(issued: SystemTime, not_after: SystemTime) -> Self {
+        Self { issued, next_rotation: rotation_time(issued, not_after, &mut rand::rng()) }
+    }
+}
+
 /// The delays between attempts, without an end.
 pub(super) fn retry_delays() -> impl Iterator<Item = Duration> + Send {
     ExponentialBuilder::new()

@@ -22,7 +22,10 @@ use rustls::{
     sign::CertifiedKey,
 };
 
-use super::registry::{Snapshot, Workload};
+use super::{
+    registry::{Snapshot, Workload},
+    schedule::Service,
+};
 
 /// The protocol that the TLS configurations here negotiate.
 pub const ALPN: &[u8] = b"nodemesh/1";
@@ -135,6 +138,8 @@ pub struct Svid {
     pub pod: PodRef,
     /// What the certificate says.
     pub leaf: Leaf,
+    /// When it was issued. Not in the certificate, whose beginning is set back.
+    pub issued: SystemTime,
     /// When the agent asks for the next one.
     pub next_rotation: SystemTime,
     /// For dialling other pods, ALPN [`ALPN`]. Whom one has reached is for the caller to compare
@@ -159,17 +164,19 @@ impl Svid {
     pub(super) fn new(
         assignment: &Assignment,
         key: Arc<CertifiedKey>,
-        next_rotation: impl FnOnce(&Leaf) -> SystemTime,
+        service: impl FnOnce(&Leaf) -> Service,
         now: SystemTime,
     ) -> Result<Self, Rejection> {
         static GENERATION: AtomicU64 = AtomicU64::new(1);
         let leaf = assignment.judge(&key.cert, now)?;
         let Assignment { id, pod, bundle } = assignment.clone();
         let verifier = Arc::new(PeerVerifier::new(Arc::clone(&bundle), Kind::Workload));
+        let Service { issued, next_rotation } = service(&leaf);
         Ok(Self {
             id,
             pod,
-            next_rotation: next_rotation(&leaf),
+            issued,
+            next_rotation,
             client: Arc::new(client_config(Arc::clone(&verifier), Some(Arc::clone(&key)), ALPN)?),
             server: Arc::new(server_config(verifier, Arc::clone(&key), ALPN)?),
             leaf,
@@ -177,6 +184,16 @@ impl Svid {
             generation: GENERATION.fetch_add(1, Ordering::Relaxed),
             key,
         })
+    }
+
+    /// Judges a client's chain as a handshake would now.
+    ///
+    /// # Errors
+    ///
+    /// The first reason to refuse it.
+    pub fn trusts(&self, chain: &[CertificateDer<'_>], now: SystemTime) -> Result<Leaf, SvidError> {
+        let verifier = PeerVerifier::new(Arc::clone(&self.bundle), Kind::Workload);
+        verifier.verify(chain, Usage::Client, unix(now))
     }
 
     /// How long it is still valid. Zero once it has expired.

@@ -12,7 +12,11 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use mesh_common::abi::{Address, MAX_POD_ADDRESSES, POD_DENIES_UDP, PodConfig};
-use tokio::{net::TcpListener, sync::Notify, time::Instant};
+use tokio::{
+    net::TcpListener,
+    sync::{Notify, Semaphore},
+    time::Instant,
+};
 use tokio_util::{
     sync::CancellationToken,
     task::{AbortOnDropHandle, TaskTracker},
@@ -20,17 +24,25 @@ use tokio_util::{
 
 use super::{
     abort::abort_connections,
+    inventory::{Inventory, host_peers},
     ledger::Entry,
     manager::Node,
     netns::Netns,
-    routing::{Changes, Inventory, Routing, host_peers},
+    routing::{Changes, Routing},
     sockets::{Facing, PodSockets},
     source::PodSpec,
 };
-use crate::{config::Udp, identity::SvidHandle, proxy::PodProxy};
+use crate::{
+    config::Udp,
+    identity::SvidHandle,
+    proxy::{Admission, PodProxy},
+};
 
 /// A pod that changes its own network without end is looked at this often.
 const REPAIR_INTERVAL: Duration = Duration::from_millis(200);
+
+/// A repair that failed is tried again, whether or not anything changes.
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 /// A pod under guard.
 pub struct Enrolled {
@@ -74,7 +86,7 @@ pub struct Guarded {
     pub inventory: Inventory,
     /// The names of the host-side peers.
     pub peers: Vec<String>,
-    /// Why a layer is not what it should be.
+    /// Why they, or what the capture rests on, are not what they should be.
     pub problem: Option<String>,
 }
 
@@ -124,20 +136,14 @@ impl Enrolled {
         let netns = Arc::new(Netns::open(&spec.netns)?);
         let cookie = netns.cookie();
         let adopted = node.datapath.configuration(cookie)?.is_some();
-        let enrolled = Self::guard(node, spec, netns, adopted).await;
+        let enrolled = Self::guard(node, spec, Arc::clone(&netns)).await;
         if enrolled.is_err() && !adopted {
-            node.datapath.release(cookie).context("undoing the enrolment")?;
-            node.ledger.strike(cookie).context("undoing the enrolment")?;
+            let_go(node, cookie, &Routing::connect(netns)?).await.context("undoing it")?;
         }
         enrolled
     }
 
-    async fn guard(
-        node: &Arc<Node>,
-        spec: PodSpec,
-        netns: Arc<Netns>,
-        adopted: bool,
-    ) -> Result<Self> {
+    async fn guard(node: &Arc<Node>, spec: PodSpec, netns: Arc<Netns>) -> Result<Self> {
         let cookie = netns.cookie();
         let state = Arc::new(PodState {
             uid: spec.uid.clone(),
@@ -155,17 +161,19 @@ impl Enrolled {
         let entry = Entry { uid: spec.uid.clone(), netns: spec.netns.clone(), cookie };
         node.ledger.record(&entry).context("noting the pod down in the runtime directory")?;
 
-        let (routing, changes) = Routing::connect(Arc::clone(&netns))?;
-        let routing = Arc::new(routing);
+        // An agent that got as far as this had aborted what was open before the enrolment.
+        let was_served = node.datapath.is_steered(cookie);
+        let changes = Changes::watch(&netns)?;
+        let routing = Arc::new(Routing::connect(Arc::clone(&netns))?);
         let inventory = routing.inventory().await?;
         node.datapath.configure(cookie, &state.config(&inventory.addresses))?;
-        guard_devices(node, &netns, &state, inventory.clone()).await?;
-        if !adopted {
+        guard_devices(node, &netns, &state, &inventory).await?;
+        if !was_served {
             let aborted = abort_connections(&netns, &inventory.addresses)
                 .context("aborting the pod's open connections")?;
             state.aborted.store(aborted.into(), Ordering::Relaxed);
         }
-        routing.ensure(&inventory.addresses).await?;
+        routing.ensure(&inventory).await?;
 
         let unacknowledged = node.config.timeouts.unacknowledged;
         let sockets =
@@ -269,31 +277,42 @@ struct Keeper {
 impl Keeper {
     async fn run(self, mut changes: Changes) {
         let mut next = Instant::now();
+        let mut failed = false;
         loop {
-            let alive = tokio::select! {
-                alive = changes.next() => alive,
-                () = self.state.wake.notified() => true,
-            };
-            if !alive {
-                return;
+            tokio::select! {
+                alive = changes.next() => if !alive {
+                    // What changed meanwhile is looked at now.
+                    match Changes::watch(&self.netns) {
+                        Ok(again) => changes = again,
+                        Err(error) => self.report(&error.into()),
+                    }
+                },
+                () = self.state.wake.notified() => {}
+                () = tokio::time::sleep(RETRY_INTERVAL), if failed => {}
             }
             tokio::time::sleep_until(next).await;
             next = Instant::now() + REPAIR_INTERVAL;
-            if let Err(error) = self.repair().await {
-                tracing::warn!(pod = self.state.uid, "cannot keep up the capture: {error:#}");
+            let repaired = self.repair().await;
+            failed = repaired.is_err();
+            if let Err(error) = repaired {
+                self.report(&error);
             }
         }
+    }
+
+    fn report(&self, error: &anyhow::Error) {
+        tracing::warn!(pod = self.state.uid, "cannot keep up the capture: {error:#}");
+        lock(&self.state.guarded).problem = Some(format!("{error:#}"));
     }
 
     async fn repair(&self) -> Result<()> {
         let Self { node, netns, routing, state } = self;
         let inventory = routing.inventory().await?;
-        let addresses = inventory.addresses.clone();
-        if addresses != state.guarded().inventory.addresses {
-            node.datapath.configure(state.cookie, &state.config(&addresses))?;
+        if inventory.addresses != state.guarded().inventory.addresses {
+            node.datapath.configure(state.cookie, &state.config(&inventory.addresses))?;
         }
-        guard_devices(node, netns, state, inventory).await?;
-        let repaired = routing.ensure(&addresses).await?;
+        guard_devices(node, netns, state, &inventory).await?;
+        let repaired = routing.ensure(&inventory).await?;
         if repaired > 0 {
             state.repairs.fetch_add(repaired.into(), Ordering::Relaxed);
             tracing::warn!(
@@ -311,22 +330,26 @@ async fn guard_devices(
     node: &Node,
     netns: &Netns,
     state: &PodState,
-    inventory: Inventory,
+    inventory: &Inventory,
 ) -> Result<()> {
     let cookie = state.cookie;
-    let peers = host_peers(&inventory).await?;
-    let guard = || -> Result<()> {
-        netns
-            .try_run(|| node.datapath.guard_devices(cookie, &inventory.devices))
-            .context("entering the pod's network namespace")??;
-        node.datapath.guard_peers(cookie, &peers)?;
-        Ok(())
-    };
-    let result = guard();
+    let peers = host_peers(netns, &inventory.devices).await?;
+    netns
+        .try_run(|| node.datapath.guard_devices(cookie, &inventory.devices))
+        .context("entering the pod's network namespace")??;
+    node.datapath.guard_peers(cookie, &peers)?;
     let peers = peers.into_iter().map(|peer| peer.name).collect();
-    let problem = result.as_ref().err().map(|error| format!("{error:#}"));
-    *lock(&state.guarded) = Guarded { inventory, peers, problem };
-    result
+    *lock(&state.guarded) = Guarded { inventory: inventory.clone(), peers, problem: None };
+    Ok(())
+}
+
+/// Takes from a pod everything that was done to it. While marks still lead to loopback nothing can
+/// leave, so the guards go first and what the capture rests on goes last.
+pub(super) async fn let_go(node: &Node, cookie: u64, routing: &Routing) -> Result<()> {
+    node.datapath.release(cookie)?;
+    routing.remove().await?;
+    node.ledger.strike(cookie).context("striking the pod out of the runtime directory")?;
+    Ok(())
 }
 
 /// What a pod's connections need besides the pod.
@@ -342,7 +365,9 @@ impl Node {
             stats: self.stats.pod(uid),
             warned: Mutex::new(None),
             pool: self.pool.clone(),
-            handshakes: [turns, turns].map(tokio::sync::Semaphore::new),
+            handshakes: Semaphore::new(turns),
+            unproven: Admission::new(turns),
+            accepted: 2 * self.config.limits.connections_per_pod.get() as usize,
             timeouts: self.config.timeouts,
             drain: self.drain.clone(),
             kill: CancellationToken::new(),

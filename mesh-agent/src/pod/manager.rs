@@ -1,12 +1,12 @@
 //! Enrols and un-enrols pods as the source says, and looks after what is left of dead ones.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result};
@@ -14,10 +14,10 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    enrolled::{Enrolled, PodState, lock},
+    enrolled::{Enrolled, Guarded, PodState, let_go, lock},
     ledger::{Entry, Ledger},
     netns::Netns,
-    routing::Routing,
+    routing::{Routing, RoutingError},
     source::{PodEvent, PodSpec, Removal},
 };
 use crate::{
@@ -25,7 +25,7 @@ use crate::{
         Inspect, PodFacts,
         status::{Drops, GuardLayer, Program},
     },
-    bpf::{Datapath, Events, GuardEvent},
+    bpf::{Counted, Datapath, Events, GuardEvent},
     config::Config,
     identity::{Identity, Snapshot},
     policy::Policy,
@@ -39,6 +39,9 @@ use crate::{
 
 /// A setting is written just after the kernel tells of it: when to look.
 const AFTER_WRITE: [Duration; 2] = [Duration::from_millis(10), Duration::from_millis(300)];
+
+/// Of one pod, the guard's drops are logged at most this often.
+const LOG_INTERVAL: Duration = Duration::from_secs(10);
 
 /// How long after a namespace's end was announced its remains are looked at, and then again.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
@@ -77,6 +80,11 @@ struct Known {
 pub struct Manager {
     node: Arc<Node>,
     pods: BTreeMap<String, Enrolled>,
+    /// The UIDs that the source wants, whether or not they could be enrolled: what is left of them
+    /// stays under guard.
+    wanted: BTreeSet<String>,
+    /// When a drop was last logged, by the pod's cookie.
+    logged: BTreeMap<u64, Instant>,
     view: Arc<View>,
 }
 
@@ -95,7 +103,7 @@ impl Manager {
             known: Mutex::default(),
             synced: AtomicBool::new(false),
         });
-        Self { node, pods: BTreeMap::new(), view }
+        Self { node, pods: BTreeMap::new(), wanted: BTreeSet::new(), logged: BTreeMap::new(), view }
     }
 
     /// What is enrolled, for whoever asks.
@@ -142,6 +150,7 @@ impl Manager {
         match event {
             PodEvent::Upsert(spec, ack) => {
                 let uid = spec.uid.clone();
+                self.wanted.insert(uid.clone());
                 let result = self.upsert(spec).await;
                 if let Err(error) = &result {
                     tracing::warn!(pod = uid, "cannot enrol the pod: {error:#}");
@@ -149,6 +158,7 @@ impl Manager {
                 ack.answer(result.map_err(|error| format!("{error:#}")));
             }
             PodEvent::Remove { uid, cause, ack } => {
+                self.wanted.remove(&uid);
                 let result = self.remove(&uid, cause).await;
                 if let Err(error) = &result {
                     tracing::warn!(pod = uid, "cannot un-enrol the pod: {error:#}");
@@ -159,8 +169,9 @@ impl Manager {
                 if let Err(error) = self.find_leftovers() {
                     tracing::warn!("cannot look for what earlier agents left: {error:#}");
                 }
-                self.sweep().await;
                 self.view.synced.store(true, Ordering::Relaxed);
+                self.sweep().await;
+                self.retire_other_versions();
             }
         }
     }
@@ -197,31 +208,40 @@ impl Manager {
         let cookie = pod.state.cookie;
         let routing = pod.close(&self.node).await;
         lock(&self.view.known).pods.remove(uid);
+        self.logged.remove(&cookie);
         tracing::info!(pod = uid, %cause, "un-enrolled");
-        match cause {
-            Removal::Withdrawn => {
-                // While marks still lead to loopback nothing can leave: the guards go last.
-                self.node.datapath.release(cookie)?;
-                routing.remove().await?;
-                self.node.ledger.strike(cookie)?;
-            }
+        let released = match cause {
+            Removal::Withdrawn => let_go(&self.node, cookie, &routing).await,
             // Somebody may live in it yet, and was promised that nothing leaves in plaintext.
-            Removal::NamespaceGone => lock(&self.view.known).leftovers.push(cookie),
+            Removal::NamespaceGone => {
+                lock(&self.view.known).leftovers.push(cookie);
+                Ok(())
+            }
+        };
+        if released.is_err() {
+            // Tried again when leftovers are swept.
+            lock(&self.view.known).leftovers.push(cookie);
         }
-        Ok(())
+        released
     }
 
-    fn look_after(&self, event: GuardEvent) {
+    fn look_after(&mut self, event: GuardEvent) {
         let known = lock(&self.view.known);
         match event {
             GuardEvent::Dropped { cookie, layer, reason } => {
                 let pod = known.pods.values().find(|pod| pod.cookie == cookie);
-                let uid = pod.map_or("none that is served", |pod| &pod.uid);
-                let (layer, reason) = (layer.name(), reason.name());
-                tracing::warn!(pod = uid, layer, reason, "the guard refused or dropped something");
                 if let Some(pod) = pod {
                     pod.wake();
                 }
+                let now = Instant::now();
+                // Each CPU tells of its own drops.
+                if self.logged.get(&cookie).is_some_and(|last| now - *last < LOG_INTERVAL) {
+                    return;
+                }
+                self.logged.insert(cookie, now);
+                let uid = pod.map_or("none that is served", |pod| &pod.uid);
+                let (layer, reason) = (layer.name(), reason.name());
+                tracing::warn!(pod = uid, layer, reason, "the guard refused or dropped something");
             }
             GuardEvent::SettingWritten => {
                 let pods: Vec<_> = known.pods.values().cloned().collect();
@@ -247,6 +267,17 @@ impl Manager {
         Ok(())
     }
 
+    /// Removes what agents of another version have left, once this one guards every pod that is
+    /// wanted: until then their guards drop what they do not know.
+    fn retire_other_versions(&self) {
+        let unguarded = self.wanted.iter().find(|uid| !self.pods.contains_key(*uid));
+        if let Some(uid) = unguarded {
+            tracing::warn!(pod = uid, "not enrolled: guards of other versions, if any, stay");
+        } else if let Err(error) = self.node.datapath.retire_other_versions() {
+            tracing::warn!("cannot remove the pins of other versions: {error}");
+        }
+    }
+
     /// Lets go of leftovers: those whose namespace is dead, and those that were withdrawn while no
     /// agent ran. The rest stays under guard.
     async fn sweep(&self) {
@@ -266,23 +297,22 @@ impl Manager {
     }
 
     async fn sweep_one(&self, cookie: u64, entry: Option<&Entry>) -> Result<bool> {
+        let wanted = entry.is_some_and(|entry| self.wanted.contains(&entry.uid));
         if self.node.datapath.is_dead(cookie)? {
             self.node.datapath.release(cookie)?;
+            self.node.ledger.strike(cookie)?;
         } else {
             // It may belong to a pod file that cannot be read just now.
-            let Some(entry) = entry.filter(|_| !(self.node.unreadable_pods)()) else {
+            let settled =
+                self.view.synced.load(Ordering::Relaxed) && !(self.node.unreadable_pods)();
+            let Some(netns) = entry.filter(|_| settled && !wanted).and_then(still_there) else {
                 return Ok(false);
             };
-            if !self.view.synced.load(Ordering::Relaxed)
-                || !release(&self.node.datapath, entry).await?
-            {
-                return Ok(false);
-            }
+            let_go(&self.node, cookie, &Routing::connect(Arc::new(netns))?).await?;
         }
-        if let Some(entry) = entry {
+        if let Some(entry) = entry.filter(|_| !wanted) {
             self.node.identity.forget(&entry.uid);
         }
-        self.node.ledger.strike(cookie)?;
         Ok(true)
     }
 
@@ -301,33 +331,36 @@ impl Manager {
     }
 }
 
-/// Un-enrols a pod that nothing serves, if its namespace is still at its path. False if it is not.
-async fn release(datapath: &Datapath, entry: &Entry) -> Result<bool> {
-    let Ok(netns) = Netns::open(&entry.netns) else { return Ok(false) };
-    if netns.cookie() != entry.cookie {
-        return Ok(false);
-    }
-    let (routing, _changes) = Routing::connect(Arc::new(netns))?;
-    datapath.release(entry.cookie)?;
-    routing.remove().await?;
-    Ok(true)
+/// The namespace of a ledger's entry, if it is still at its path.
+fn still_there(entry: &Entry) -> Option<Netns> {
+    Netns::open(&entry.netns).ok().filter(|netns| netns.cookie() == entry.cookie)
 }
 
 /// Removes everything that any agent with this configuration ever made.
 ///
 /// # Errors
 ///
-/// When something cannot be removed; the rest is.
+/// What cannot be removed; the rest is.
 pub async fn uninstall(config: &Config) -> Result<()> {
+    let mut failures = Vec::new();
     let ledger = Ledger::open(&config.runtime_dir).context("opening the runtime directory")?;
     for entry in ledger.entries().context("reading the runtime directory")? {
-        let Ok(netns) = Netns::open(&entry.netns) else { continue };
-        if netns.cookie() == entry.cookie {
-            let (routing, _changes) = Routing::connect(Arc::new(netns))?;
-            routing.remove().await?;
+        // With its namespace, a pod's rules and routes are gone.
+        let Some(netns) = still_there(&entry) else { continue };
+        let removed =
+            async { Ok::<_, RoutingError>(Routing::connect(Arc::new(netns))?.remove().await?) };
+        if let Err(error) = removed.await {
+            failures.push(format!("pod {}: {error}", entry.uid));
         }
     }
-    Datapath::uninstall(&config.bpffs)?;
+    if let Err(error) = Datapath::uninstall(&config.bpffs) {
+        failures.push(error.to_string());
+    }
+    anyhow::ensure!(
+        failures.is_empty(),
+        "not everything could be removed: {}",
+        failures.join("; ")
+    );
     ledger.remove().context("clearing the runtime directory")
 }
 
@@ -361,17 +394,20 @@ impl Inspect for View {
 
 impl View {
     fn facts(&self, pod: &PodState) -> PodFacts {
-        let guarded = pod.guarded();
-        let active = guarded.problem.is_none();
-        let devices = guarded.inventory.devices.iter().map(|device| device.name.clone()).collect();
+        let Guarded { inventory, peers, problem } = pod.guarded();
+        let datapath = &self.node.datapath;
+        let active = problem.is_none();
+        let devices = inventory.devices.into_iter().map(|device| device.name).collect();
+        let cgroup = datapath.configuration(pod.cookie).is_ok_and(|config| config.is_some())
+            && datapath.programs().iter().all(|(_, attached)| *attached);
         let mut guard = vec![
-            GuardLayer { layer: "cgroup".to_owned(), active: true, devices: Vec::new() },
+            GuardLayer { layer: "cgroup".to_owned(), active: cgroup, devices: Vec::new() },
             GuardLayer { layer: "device".to_owned(), active, devices },
         ];
-        if !guarded.peers.is_empty() {
-            guard.push(GuardLayer { layer: "peer".to_owned(), active, devices: guarded.peers });
+        if !peers.is_empty() {
+            guard.push(GuardLayer { layer: "peer".to_owned(), active, devices: peers });
         }
-        let drops = self.node.datapath.drops(pod.cookie).unwrap_or_default();
+        let Counted { drops, datagrams } = datapath.counted(pod.cookie).unwrap_or_default();
         let svid = lock(&pod.svid);
         PodFacts {
             uid: pod.uid.clone(),
@@ -379,6 +415,8 @@ impl View {
             udp: *lock(&pod.udp),
             listening: pod.listening.load(Ordering::Relaxed),
             guard,
+            problem,
+            datagrams,
             drops: drops
                 .into_iter()
                 .map(|drop| Drops {

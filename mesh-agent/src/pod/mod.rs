@@ -7,6 +7,7 @@
 
 pub mod abort;
 pub mod enrolled;
+pub mod inventory;
 pub mod ledger;
 pub mod manager;
 pub mod netns;

@@ -4,25 +4,25 @@
 //! [`Routing::ensure`] compares before it writes, so that its own changes do not look like others'.
 #![expect(clippy::wildcard_enum_match_arm, reason = "foreign enums that grow")]
 
-use std::{fs, io, net::IpAddr, sync::Arc};
+use std::{fs, io, net::IpAddr, sync::Arc, time::Duration};
 
-use futures::{StreamExt as _, TryStreamExt as _, channel::mpsc::UnboundedReceiver};
-use mesh_common::abi::{CAPTURE_MARK, CAPTURE_RULE_PRIORITY, CAPTURE_TABLE, MAX_POD_ADDRESSES};
-use netlink_packet_core::NetlinkMessage;
+use futures::{StreamExt as _, TryStreamExt as _};
+use mesh_common::abi::{CAPTURE_MARK, CAPTURE_RULE_PRIORITY, CAPTURE_TABLE};
 use netlink_packet_route::{
-    AddressFamily, RouteNetlinkMessage,
-    address::AddressAttribute,
-    link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage},
+    AddressFamily,
     route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType},
-    rule::{RuleAction, RuleAttribute, RuleMessage},
+    rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage},
 };
 use rtnetlink::{Handle, IpVersion, MulticastGroup, RouteMessageBuilder};
+use tokio::{sync::watch, time::timeout};
 use tokio_util::task::AbortOnDropHandle;
 
-use super::netns::Netns;
-use crate::bpf::{Device, DeviceLink};
+use super::{inventory::Inventory, netns::Netns};
 
-const LOOPBACK_IFINDEX: u32 = 1;
+pub(super) const LOOPBACK_IFINDEX: u32 = 1;
+
+/// How long the kernel may take to answer. It loses an answer only if it is out of memory.
+const ANSWER_WITHIN: Duration = Duration::from_secs(2);
 
 /// Settings of the namespace, below `/proc/sys/net`, and the values that the capture needs:
 /// accepted sockets inherit the mark of their SYN, and the kernel's own resets carry the mark of
@@ -44,6 +44,12 @@ pub enum RoutingError {
         /// What the kernel said.
         source: rtnetlink::Error,
     },
+    /// Netlink's silence.
+    #[error("{what} in the pod's network namespace: the kernel does not answer")]
+    NoAnswer {
+        /// What was tried.
+        what: &'static str,
+    },
     /// A setting.
     #[error("{path} in the pod's network namespace: {source}")]
     Setting {
@@ -57,57 +63,43 @@ pub enum RoutingError {
     Netns(io::Error),
 }
 
-/// The state of a pod's namespace that the agent needs to know.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Inventory {
-    /// Its addresses, loopback's left out, sorted.
-    pub addresses: Vec<IpAddr>,
-    /// Its devices, loopback left out.
-    pub devices: Vec<Device>,
-    /// The host-side indices that its veths name, each with the device's own index.
-    pub peers: Vec<PeerIndex>,
+impl RoutingError {
+    pub(super) fn netlink(what: &'static str) -> impl FnOnce(rtnetlink::Error) -> Self {
+        move |source| Self::Netlink { what, source }
+    }
 }
 
-/// One end of a veth, as the other tells it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PeerIndex {
-    /// The index of the other end, in its namespace.
-    pub peer: u32,
-    /// The index of this end.
-    pub device: u32,
+/// The kernel's answer to a request.
+pub(super) async fn answered<T>(
+    what: &'static str,
+    request: impl Future<Output = Result<T, rtnetlink::Error>>,
+) -> Result<T, RoutingError> {
+    let answer = timeout(ANSWER_WITHIN, request).await;
+    answer.map_err(|_| RoutingError::NoAnswer { what })?.map_err(RoutingError::netlink(what))
 }
 
-/// A netlink connection into one namespace.
+/// A netlink connection into one namespace, for requests.
 pub struct Routing {
     netns: Arc<Netns>,
     handle: Handle,
     _connection: AbortOnDropHandle<()>,
 }
 
-/// What changes in a namespace: one item for anything that [`Routing`] looks at.
-pub struct Changes(UnboundedReceiver<(NetlinkMessage<RouteNetlinkMessage>, NetlinkAddress)>);
-
-type NetlinkAddress = netlink_sys::SocketAddr;
-
-impl Changes {
-    /// Waits until something changed. False when the connection is gone.
-    pub async fn next(&mut self) -> bool {
-        if self.0.next().await.is_none() {
-            return false;
-        }
-        // Whatever else has come is looked at in the same go.
-        while self.0.try_recv().is_ok() {}
-        true
-    }
+/// Tells that something has changed in a namespace. Apart from [`Routing`], whose answers a flood
+/// of changes must not crowd out.
+pub struct Changes {
+    seen: watch::Receiver<()>,
+    _forwarder: AbortOnDropHandle<()>,
 }
 
-impl Routing {
-    /// Connects, in the namespace. Must be called in a tokio runtime.
+impl Changes {
+    /// Watches everything that [`Routing`] and [`Inventory`] look at. Must be called in a tokio
+    /// runtime.
     ///
     /// # Errors
     ///
     /// When the namespace cannot be entered or has no netlink.
-    pub fn connect(netns: Arc<Netns>) -> Result<(Self, Changes), RoutingError> {
+    pub fn watch(netns: &Netns) -> Result<Self, RoutingError> {
         let groups = [
             MulticastGroup::Link,
             MulticastGroup::Ipv4Ifaddr,
@@ -117,12 +109,41 @@ impl Routing {
             MulticastGroup::Ipv4Rule,
             MulticastGroup::Ipv6Rule,
         ];
-        let (connection, handle, changes) = netns
+        let (connection, handle, mut messages) = netns
             .try_run(|| rtnetlink::new_multicast_connection(&groups))
             .and_then(|connected| connected)
             .map_err(RoutingError::Netns)?;
+        let (tell, seen) = watch::channel(());
+        let forwarder = async move {
+            let _connection = AbortOnDropHandle::new(tokio::spawn(connection));
+            let _keeps_it_open = handle;
+            // However many there are: one is enough to look, and none is kept.
+            while messages.next().await.is_some() {
+                tell.send_replace(());
+            }
+        };
+        Ok(Self { seen, _forwarder: AbortOnDropHandle::new(tokio::spawn(forwarder)) })
+    }
+
+    /// Waits until something changed. False when the connection is gone.
+    pub async fn next(&mut self) -> bool {
+        self.seen.changed().await.is_ok()
+    }
+}
+
+impl Routing {
+    /// Connects, in the namespace. Must be called in a tokio runtime.
+    ///
+    /// # Errors
+    ///
+    /// When the namespace cannot be entered or has no netlink.
+    pub fn connect(netns: Arc<Netns>) -> Result<Self, RoutingError> {
+        let (connection, handle, _) = netns
+            .try_run(rtnetlink::new_connection)
+            .and_then(|connected| connected)
+            .map_err(RoutingError::Netns)?;
         let connection = AbortOnDropHandle::new(tokio::spawn(connection));
-        Ok((Self { netns, handle, _connection: connection }, Changes(changes)))
+        Ok(Self { netns, handle, _connection: connection })
     }
 
     /// What is there.
@@ -131,55 +152,7 @@ impl Routing {
     ///
     /// See [`RoutingError`].
     pub async fn inventory(&self) -> Result<Inventory, RoutingError> {
-        let links: Vec<LinkMessage> = self
-            .handle
-            .link()
-            .get()
-            .execute()
-            .try_collect()
-            .await
-            .map_err(netlink("listing devices"))?;
-        let mut inventory = Inventory::default();
-        for link in links {
-            if link.header.flags.contains(LinkFlags::Loopback) {
-                continue;
-            }
-            let index = link.header.index;
-            let (name, peer) = name_and_peer(&link);
-            let framing = if link.header.link_layer_type == LinkLayerType::Ether {
-                DeviceLink::Ethernet
-            } else {
-                DeviceLink::None
-            };
-            inventory.devices.extend(name.map(|name| Device { index, name, link: framing }));
-            inventory.peers.extend(peer.map(|peer| PeerIndex { peer, device: index }));
-        }
-        let mut addresses = self.handle.address().get().execute();
-        while let Some(message) =
-            addresses.try_next().await.map_err(netlink("listing addresses"))?
-        {
-            if message.header.index == LOOPBACK_IFINDEX {
-                continue;
-            }
-            // A point-to-point address names the local end apart.
-            let of = |pick: fn(&AddressAttribute) -> Option<IpAddr>| {
-                message.attributes.iter().find_map(pick)
-            };
-            let local = of(|attribute| match attribute {
-                AddressAttribute::Local(address) => Some(*address),
-                _ => None,
-            });
-            let address = of(|attribute| match attribute {
-                AddressAttribute::Address(address) => Some(*address),
-                _ => None,
-            });
-            inventory.addresses.extend(local.or(address));
-        }
-        // The pod's routable addresses first, should there be more than fit.
-        inventory.addresses.sort_by_key(|address| (is_link_local(*address), *address));
-        inventory.addresses.dedup();
-        inventory.addresses.truncate(MAX_POD_ADDRESSES);
-        Ok(inventory)
+        Inventory::take(&self.handle).await
     }
 
     /// Makes the rules, routes and settings what they have to be; tells how many were not.
@@ -187,15 +160,11 @@ impl Routing {
     /// # Errors
     ///
     /// See [`RoutingError`].
-    pub async fn ensure(&self, addresses: &[IpAddr]) -> Result<u32, RoutingError> {
+    pub async fn ensure(&self, inventory: &Inventory) -> Result<u32, RoutingError> {
         let mut changed = self.ensure_settings()?;
         for version in [IpVersion::V4, IpVersion::V6] {
-            let source = addresses
-                .iter()
-                .copied()
-                .find(|address| address.is_ipv4() == (version == IpVersion::V4));
             // Without an address nothing of this family can be dialled.
-            let Some(source) = source else { continue };
+            let Some(source) = inventory.source(version == IpVersion::V4) else { continue };
             changed += self.ensure_route(version.clone(), source).await?;
             changed += self.ensure_rule(version).await?;
         }
@@ -230,61 +199,62 @@ impl Routing {
             return Ok(0);
         }
         for route in found {
-            self.handle.route().del(route).execute().await.map_err(netlink("removing a route"))?;
+            let removal = self.handle.route().del(route).execute();
+            answered("removing a route", removal).await?;
         }
-        self.handle
-            .route()
-            .add(wanted)
-            .replace()
-            .execute()
-            .await
-            .map_err(netlink("adding the capture's route"))?;
+        let addition = self.handle.route().add(wanted).replace().execute();
+        answered("adding the capture's route", addition).await?;
         Ok(1)
     }
 
     async fn capture_routes(&self, version: IpVersion) -> Result<Vec<RouteMessage>, RoutingError> {
         let mut filter = RouteMessage::default();
         filter.header.address_family = family(&version);
-        let routes: Vec<RouteMessage> = self
-            .handle
-            .route()
-            .get(filter)
-            .execute()
-            .try_collect()
-            .await
-            .map_err(netlink("listing routes"))?;
+        let routes = self.handle.route().get(filter).execute().try_collect::<Vec<_>>();
+        let routes = answered("listing routes", routes).await?;
         Ok(routes.into_iter().filter(|route| table(route) == CAPTURE_TABLE).collect())
     }
 
+    /// Ours is to be the first but for `local`: whatever is looked up before it could lead marked
+    /// packets elsewhere.
     async fn ensure_rule(&self, version: IpVersion) -> Result<u32, RoutingError> {
-        let rules = self.rules(version.clone()).await?;
-        if rules.iter().any(is_capture_rule) {
-            return Ok(0);
+        let mut changed = 0;
+        let mut ours = false;
+        for rule in self.rules(version.clone()).await? {
+            if is_capture_rule(&rule) {
+                ours = true;
+                break;
+            }
+            if priority(&rule) > CAPTURE_RULE_PRIORITY {
+                break;
+            }
+            if !is_local_rule(&rule) {
+                let removal = self.handle.rule().del(rule).execute();
+                answered("removing a rule before the capture's", removal).await?;
+                changed += 1;
+            }
         }
-        let rule = self
-            .handle
-            .rule()
-            .add()
-            .table_id(CAPTURE_TABLE)
-            .priority(CAPTURE_RULE_PRIORITY)
-            .fw_mark(CAPTURE_MARK)
-            .action(RuleAction::ToTable);
-        let added = match version {
-            IpVersion::V4 => rule.v4().execute().await,
-            IpVersion::V6 => rule.v6().execute().await,
-        };
-        added.map_err(netlink("adding the capture's rule"))?;
-        Ok(1)
+        if !ours {
+            let rule = self
+                .handle
+                .rule()
+                .add()
+                .table_id(CAPTURE_TABLE)
+                .priority(CAPTURE_RULE_PRIORITY)
+                .fw_mark(CAPTURE_MARK)
+                .action(RuleAction::ToTable);
+            let what = "adding the capture's rule";
+            match version {
+                IpVersion::V4 => answered(what, rule.v4().execute()).await?,
+                IpVersion::V6 => answered(what, rule.v6().execute()).await?,
+            }
+            changed += 1;
+        }
+        Ok(changed)
     }
 
     async fn rules(&self, version: IpVersion) -> Result<Vec<RuleMessage>, RoutingError> {
-        self.handle
-            .rule()
-            .get(version)
-            .execute()
-            .try_collect()
-            .await
-            .map_err(netlink("listing rules"))
+        answered("listing rules", self.handle.rule().get(version).execute().try_collect()).await
     }
 
     /// Removes what [`Self::ensure`] made and puts the settings back to the kernel's defaults.
@@ -296,21 +266,13 @@ impl Routing {
         for version in [IpVersion::V4, IpVersion::V6] {
             for rule in self.rules(version.clone()).await? {
                 if is_capture_rule(&rule) {
-                    self.handle
-                        .rule()
-                        .del(rule)
-                        .execute()
-                        .await
-                        .map_err(netlink("removing a rule"))?;
+                    let removal = self.handle.rule().del(rule).execute();
+                    answered("removing a rule", removal).await?;
                 }
             }
             for route in self.capture_routes(version).await? {
-                self.handle
-                    .route()
-                    .del(route)
-                    .execute()
-                    .await
-                    .map_err(netlink("removing a route"))?;
+                let removal = self.handle.route().del(route).execute();
+                answered("removing a route", removal).await?;
             }
         }
         let reset = || {
@@ -326,56 +288,6 @@ impl Routing {
         };
         self.netns.try_run(reset).map_err(RoutingError::Netns)?
     }
-}
-
-/// The devices of the calling thread's namespace that are the other ends of a pod's veths.
-///
-/// # Errors
-///
-/// See [`RoutingError`].
-pub async fn host_peers(pod: &Inventory) -> Result<Vec<Device>, RoutingError> {
-    if pod.peers.is_empty() {
-        return Ok(Vec::new());
-    }
-    let (connection, handle, _) = rtnetlink::new_connection().map_err(RoutingError::Netns)?;
-    let _connection = AbortOnDropHandle::new(tokio::spawn(connection));
-    let links: Vec<LinkMessage> = handle
-        .link()
-        .get()
-        .execute()
-        .try_collect()
-        .await
-        .map_err(netlink("listing host devices"))?;
-    Ok(links.iter().filter_map(|link| as_peer(link, &pod.peers)).collect())
-}
-
-/// A host device that names a device of the pod as its other end, and is named by it.
-fn as_peer(link: &LinkMessage, peers: &[PeerIndex]) -> Option<Device> {
-    let (name, other) = name_and_peer(link);
-    let index = link.header.index;
-    let claim = PeerIndex { peer: index, device: other? };
-    peers.contains(&claim).then_some(Device { index, name: name?, link: DeviceLink::Ethernet })
-}
-
-/// A link's name, and the index of its other end if it is a veth with that end elsewhere.
-fn name_and_peer(link: &LinkMessage) -> (Option<String>, Option<u32>) {
-    let (mut name, mut other, mut elsewhere, mut veth) = (None, None, false, false);
-    for attribute in &link.attributes {
-        match attribute {
-            LinkAttribute::IfName(found) => name = Some(found.clone()),
-            LinkAttribute::Link(index) => other = Some(*index),
-            LinkAttribute::LinkNetNsId(_) => elsewhere = true,
-            LinkAttribute::LinkInfo(info) => {
-                veth = info.iter().any(|info| matches!(info, LinkInfo::Kind(InfoKind::Veth)));
-            }
-            _ => {}
-        }
-    }
-    (name, other.filter(|_| veth && elsewhere))
-}
-
-fn netlink(what: &'static str) -> impl FnOnce(rtnetlink::Error) -> RoutingError {
-    move |source| RoutingError::Netlink { what, source }
 }
 
 const fn family(version: &IpVersion) -> AddressFamily {
@@ -424,17 +336,97 @@ fn same_route(route: &RouteMessage, source: IpAddr) -> bool {
     route.header.kind == RouteType::Local && loopback && sourced && everything
 }
 
+/// Whether a rule is exactly the one that belongs there: it selects by the mark and by nothing else.
 fn is_capture_rule(rule: &RuleMessage) -> bool {
-    let has = |wanted: RuleAttribute| rule.attributes.contains(&wanted);
-    rule.header.action == RuleAction::ToTable
-        && has(RuleAttribute::FwMark(CAPTURE_MARK))
-        && has(RuleAttribute::Table(CAPTURE_TABLE))
-        && has(RuleAttribute::Priority(CAPTURE_RULE_PRIORITY))
+    let wanted = [
+        RuleAttribute::FwMark(CAPTURE_MARK),
+        RuleAttribute::FwMask(u32::MAX),
+        RuleAttribute::Table(CAPTURE_TABLE),
+        RuleAttribute::Priority(CAPTURE_RULE_PRIORITY),
+    ];
+    is_plain(rule)
+        && wanted.iter().all(|wanted| rule.attributes.contains(wanted))
+        && rule.attributes.iter().all(|found| wanted.contains(found) || says_nothing(found))
 }
 
-const fn is_link_local(address: IpAddr) -> bool {
-    match address {
-        IpAddr::V4(v4) => v4.is_link_local(),
-        IpAddr::V6(v6) => v6.is_unicast_link_local(),
+/// The kernel's own rule for local addresses.
+fn is_local_rule(rule: &RuleMessage) -> bool {
+    const LOCAL: u32 = 255;
+    is_plain(rule)
+        && rule.attributes.contains(&RuleAttribute::Table(LOCAL))
+        && rule.attributes.iter().all(|found| {
+            matches!(found, RuleAttribute::Table(LOCAL) | RuleAttribute::Priority(0))
+                || says_nothing(found)
+        })
+}
+
+fn is_plain(rule: &RuleMessage) -> bool {
+    let header = &rule.header;
+    header.action == RuleAction::ToTable
+        && (header.src_len, header.dst_len, header.tos) == (0, 0, 0)
+        && !header.flags.contains(RuleFlags::Invert)
+}
+
+/// Attributes that select nothing: who made the rule, and no limit to the prefixes it may find.
+fn says_nothing(attribute: &RuleAttribute) -> bool {
+    matches!(attribute, RuleAttribute::Protocol(_) | RuleAttribute::SuppressPrefixLen(u32::MAX))
+}
+
+fn priority(rule: &RuleMessage) -> u32 {
+    let named = rule.attributes.iter().find_map(|attribute| match attribute {
+        RuleAttribute::Priority(priority) => Some(*priority),
+        _ => None,
+    });
+    named.unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn capture_rule() -> RuleMessage {
+        let mut rule = RuleMessage::default();
+        rule.header.action = RuleAction::ToTable;
+        rule.attributes = vec![
+            RuleAttribute::Protocol(RouteProtocol::Static),
+            RuleAttribute::Table(CAPTURE_TABLE),
+            RuleAttribute::Priority(CAPTURE_RULE_PRIORITY),
+            RuleAttribute::FwMark(CAPTURE_MARK),
+            RuleAttribute::FwMask(u32::MAX),
+            RuleAttribute::SuppressPrefixLen(u32::MAX),
+        ];
+        rule
+    }
+
+    #[test]
+    fn a_rule_that_selects_more_is_not_ours() {
+        assert!(is_capture_rule(&capture_rule()));
+        for narrower in [
+            RuleAttribute::Iifname("eth0".to_owned()),
+            RuleAttribute::Source([10, 0, 0, 1].into()),
+            RuleAttribute::SuppressPrefixLen(0),
+        ] {
+            let mut rule = capture_rule();
+            rule.attributes.push(narrower);
+            assert!(!is_capture_rule(&rule), "{rule:?}");
+        }
+        let mut inverted = capture_rule();
+        inverted.header.flags = RuleFlags::Invert;
+        assert!(!is_capture_rule(&inverted));
+        let mut masked = capture_rule();
+        masked.attributes.retain(|attribute| !matches!(attribute, RuleAttribute::FwMask(_)));
+        masked.attributes.push(RuleAttribute::FwMask(1));
+        assert!(!is_capture_rule(&masked));
+    }
+
+    #[test]
+    fn the_kernel_s_local_rule_is_known() {
+        let mut rule = RuleMessage::default();
+        rule.header.action = RuleAction::ToTable;
+        rule.attributes = vec![RuleAttribute::Table(255)];
+        assert!(is_local_rule(&rule));
+        assert_eq!(priority(&rule), 0);
+        rule.attributes = vec![RuleAttribute::Table(254)];
+        assert!(!is_local_rule(&rule));
     }
 }

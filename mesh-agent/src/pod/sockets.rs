@@ -1,7 +1,7 @@
 //! The agent's sockets in a pod.
 //!
-//! Every one that faces the network carries the agent's tag; every one that faces an application
-//! resets when it is closed, so that an agent that dies never looks like an orderly end.
+//! Every one carries a tag that says what it may put on the wire; every one that faces an
+//! application resets when it is closed, so that an agent that dies never looks like an orderly end.
 
 use std::{
     io,
@@ -18,13 +18,20 @@ use socket2::{Domain, Socket, TcpKeepalive, Type};
 use tokio::net::{TcpListener, TcpSocket};
 
 use super::netns::Netns;
-use crate::{bpf::Datapath, sys::socket::limit_ports};
+use crate::{
+    bpf::{Datapath, Tag},
+    stats::Direction,
+    sys::socket::{limit_backoff, limit_ports},
+};
 
 /// Connections that the kernel holds until they are accepted; it cuts to `net.core.somaxconn`.
 const BACKLOG: i32 = 4096;
 
-/// When a silent connection is probed, and how often: `TCP_USER_TIMEOUT` then decides.
-const KEEPALIVE: Duration = Duration::from_secs(60);
+/// How often the kernel sends something again before it gives up: `net.ipv4.tcp_retries2`.
+const RETRANSMISSIONS: u32 = 15;
+
+/// How often a silent peer is asked whether it is there, before it is taken for dead.
+const PROBES: u32 = 6;
 
 /// The ports of the agent's two kinds of dialling sockets, each a half of the kernel's default
 /// range. A tunnel arrives in the server's pod from the client's address, and the agent dials the
@@ -42,8 +49,8 @@ pub struct PodSockets {
 }
 
 impl PodSockets {
-    /// Sockets of the pod in `netns`. Data unacknowledged for longer than `unacknowledged` ends a
-    /// connection.
+    /// Sockets of the pod in `netns`. A peer that leaves something unacknowledged for about
+    /// `unacknowledged` is taken for dead.
     pub fn new(netns: Arc<Netns>, datapath: Arc<Datapath>, unacknowledged: Duration) -> Self {
         Self { netns, datapath, unacknowledged }
     }
@@ -61,14 +68,28 @@ impl PodSockets {
         socket.set_reuse_address(true)?;
         socket.set_ip_transparent_v6(true)?;
         socket.set_tcp_nodelay(true)?;
-        self.patience(&socket)?;
-        if facing == Facing::Application {
-            reset_on_close(&socket)?;
+        match facing {
+            Facing::Application => {
+                reset_on_close(&socket)?;
+                self.tag(&socket, Tag::Application)?;
+            }
+            Facing::Network => {
+                self.patience(&socket)?;
+                self.tag(&socket, Tag::Tunnel)?;
+            }
         }
-        self.datapath.tag(&socket).map_err(io::Error::other)?;
         socket.bind(&SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)).into())?;
         socket.listen(BACKLOG)?;
         TcpListener::from_std(socket.into())
+    }
+
+    /// Says of an accepted connection that the policy lets it be plaintext.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel answers.
+    pub fn allow_plaintext(&self, stream: &tokio::net::TcpStream) -> io::Result<()> {
+        self.datapath.tag(stream, Tag::Plaintext).map_err(io::Error::other)
     }
 
     /// Dials another pod's agent, or an allowed plaintext destination, from the pod's own address
@@ -81,11 +102,12 @@ impl PodSockets {
         &self,
         source: IpAddr,
         destination: SocketAddr,
+        tag: Tag,
     ) -> io::Result<tokio::net::TcpStream> {
         let socket = self.socket(Domain::for_address(destination))?;
         socket.set_tcp_nodelay(true)?;
         self.patience(&socket)?;
-        self.datapath.tag(&socket).map_err(io::Error::other)?;
+        self.tag(&socket, tag)?;
         connect(socket, source, &NETWORK_PORTS, destination).await
     }
 
@@ -118,9 +140,21 @@ impl PodSockets {
         self.netns.try_run(new)?
     }
 
+    fn tag(&self, socket: &Socket, tag: Tag) -> io::Result<()> {
+        self.datapath.tag(socket, tag).map_err(io::Error::other)
+    }
+
+    /// Finds peers that are gone. Not by `TCP_USER_TIMEOUT`, which also ends the connection of a
+    /// peer that answers but whose application does not read for a while.
     fn patience(&self, socket: &Socket) -> io::Result<()> {
-        socket.set_tcp_user_timeout(Some(self.unacknowledged))?;
-        socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE))
+        let (time, interval) = (self.unacknowledged, self.unacknowledged / PROBES);
+        let keepalive = TcpKeepalive::new().with_time(time).with_interval(interval);
+        socket.set_tcp_keepalive(&keepalive.with_retries(PROBES))?;
+        match limit_backoff(socket.as_fd(), self.unacknowledged / RETRANSMISSIONS) {
+            // Before 6.15 it takes the kernel a quarter of an hour.
+            Err(error) if error.raw_os_error() == Some(nix::libc::ENOPROTOOPT) => Ok(()),
+            result => result,
+        }
     }
 }
 
@@ -131,6 +165,16 @@ pub enum Facing {
     Application,
     /// Something outside the pod.
     Network,
+}
+
+impl Facing {
+    /// Where the connections come from that are accepted here.
+    pub const fn direction(self) -> Direction {
+        match self {
+            Self::Application => Direction::Outbound,
+            Self::Network => Direction::Inbound,
+        }
+    }
 }
 
 /// Connects from an address, and a port that is free towards this destination: chosen only now, so

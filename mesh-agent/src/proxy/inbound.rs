@@ -3,30 +3,32 @@
 
 use std::{
     io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use mesh_common::svid::Leaf;
-use socket2::SockRef;
 use tokio::{
     net::TcpStream,
-    time::{Instant, sleep_until, timeout},
+    time::{Instant, sleep_until, timeout, timeout_at},
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
-use super::{PodProxy, outbound::patient, peer, peer::Failed};
+use super::{PodProxy, outbound::patient, peer, peer::Failed, reset, reusable_until};
 use crate::{
     identity::{Svid, Workload},
     policy::{DenyReason, Verdict},
     stats::{Direction, HandshakeFailure, Kind, Parties, Party},
-    tunnel::{AppSocket, Header, ReadAhead, Reason, Refusal, Role, relay, relay_plain, server},
+    tunnel::{
+        AppSocket, Header, ReadAhead, Reason, Refusal, Role, relay, relay_plain,
+        server::{self, TunnelError},
+    },
 };
 
 /// A client keeps an idle tunnel for `timeouts.idle_tunnel` of its own configuration; the server
 /// only ends those whose client has forgotten them.
-const IDLE_FACTOR: u32 = 10;
+const IDLE_FACTOR: u32 = 2;
 
 /// How long a connection may still come after the client was told that none should.
 const FAREWELL: Duration = Duration::from_secs(5);
@@ -52,8 +54,8 @@ pub(super) async fn connection(
             pod.stats.deny(&parties, reason);
             reset(&stream);
         }
-        Verdict::Deny(_) | Verdict::Mesh(_) => match handshake(pod, stream).await {
-            Ok(tunnel) => tunnel.serve(client, destination).await,
+        Verdict::Deny(_) | Verdict::Mesh(_) => match handshake(pod, stream, source).await {
+            Ok((tunnel, header)) => tunnel.serve(header, client, destination).await,
             Err(failed) => {
                 pod.no_tunnel(Direction::Inbound, client, &failed);
                 if failed.kind == HandshakeFailure::Protocol {
@@ -67,21 +69,18 @@ pub(super) async fn connection(
 async fn plaintext(pod: &PodProxy, stream: TcpStream, parties: Parties) {
     let (client, destination) = (parties.client.address, parties.server.address);
     let Ok(guard) = pod.stats.open(parties, Kind::Plaintext) else { return reset(&stream) };
-    let dial = pod.sockets.dial_application(client.ip(), destination);
-    let dialled = patient(pod.timeouts.dial, dial).await;
-    let sockets = dialled.and_then(|app| Ok((AppSocket::new(stream)?, AppSocket::new(app)?)));
-    match sockets {
+    let dial = async {
+        pod.sockets.allow_plaintext(&stream)?;
+        let app = pod.sockets.dial_application(client.ip(), destination).await?;
+        Ok((AppSocket::new(stream)?, AppSocket::new(app)?))
+    };
+    match patient(pod.timeouts.dial, dial).await {
         Ok((client, app)) => {
             let end = relay_plain(client, app, guard.traffic()).await;
             guard.finish(end);
         }
         Err(error) => guard.finish(format_args!("cannot connect to the application: {error}")),
     }
-}
-
-fn reset(stream: &TcpStream) {
-    // Where it fails, the client sees an orderly end of a connection on which nothing was said.
-    SockRef::from(stream).set_linger(Some(Duration::ZERO)).ok();
 }
 
 /// A tunnel from a client that has proven who it is.
@@ -93,58 +92,82 @@ struct Tunnel<'a> {
     svid: Arc<Svid>,
 }
 
-async fn handshake(pod: &PodProxy, stream: TcpStream) -> Result<Tunnel<'_>, Failed> {
-    let svid = pod.svid().await.ok_or_else(|| {
-        let detail = "the control plane has issued none, or it has expired";
-        Failed::new(HandshakeFailure::NoCertificate, detail)
+/// A tunnel whose client has proven who it is and wants a first connection, all of it within
+/// `timeouts.handshake`.
+async fn handshake(
+    pod: &PodProxy,
+    stream: TcpStream,
+    source: IpAddr,
+) -> Result<(Tunnel<'_>, Header), Failed> {
+    let place = pod.unproven.enter(source).ok_or_else(|| {
+        reset(&stream);
+        Failed::new(HandshakeFailure::Overloaded, "the peer has too many unfinished handshakes")
     })?;
-    let closed = |_| Failed::new(HandshakeFailure::Closed, "the pod is going away");
-    let turn = &pod.handshakes[Direction::Inbound as usize];
-    let _turn = turn.acquire().await.map_err(closed)?;
-    let accept = TlsAcceptor::from(Arc::clone(&svid.server)).accept(ReadAhead::new(stream));
-    let stream = patient(pod.timeouts.handshake, accept).await.map_err(|e| Failed::tls(&e))?;
-    let client = peer::leaf(stream.get_ref().1)?;
-    pod.stats.handshake(Direction::Inbound);
-    Ok(Tunnel { pod, stream, client, svid })
+    let deadline = Instant::now() + pod.timeouts.handshake;
+    let late = |_| Failed::new(HandshakeFailure::Timeout, "the peer did not finish it in time");
+    let proven = async {
+        let svid = pod.svid().await.ok_or_else(|| {
+            let detail = "the control plane has issued none, or it has expired";
+            Failed::new(HandshakeFailure::NoCertificate, detail)
+        })?;
+        let turn = place.turn().await;
+        let turn = turn.map_err(|_| Failed::new(HandshakeFailure::Closed, "the pod is going"))?;
+        let accept = TlsAcceptor::from(Arc::clone(&svid.server)).accept(ReadAhead::new(stream));
+        let stream = accept.await.map_err(|error| Failed::tls(&error))?;
+        let client = peer::leaf(stream.get_ref().1)?;
+        pod.stats.handshake(Direction::Inbound);
+        drop(turn);
+        Ok(Tunnel { pod, stream, client, svid })
+    };
+    let mut tunnel = timeout_at(deadline, proven).await.map_err(late)??;
+    let opened = timeout_at(deadline, server::next_open(&mut tunnel.stream)).await.map_err(late)?;
+    match opened {
+        Ok(Some(header)) => Ok((tunnel, header)),
+        Ok(None) => Err(Failed::new(HandshakeFailure::Closed, "it asked for no connection")),
+        Err(error) => Err(Failed::new(HandshakeFailure::Closed, error.to_string())),
+    }
 }
 
 impl Tunnel<'_> {
     /// Serves one connection after the other.
-    async fn serve(mut self, peer: SocketAddr, destination: SocketAddr) {
-        loop {
+    async fn serve(mut self, first: Header, peer: SocketAddr, destination: SocketAddr) {
+        let mut next = Some(first);
+        while let Some(header) = next {
+            if !self.carry(header, peer, destination).await {
+                return;
+            }
             let lapse = lapse(self.pod, &self.svid, &self.client);
             let opened = tokio::select! {
                 biased;
                 opened = server::next_open(&mut self.stream) => opened,
-                () = lapse => {
-                    if server::go_away(&mut self.stream).await.is_err() {
-                        return;
-                    }
-                    match timeout(FAREWELL, server::next_open(&mut self.stream)).await {
-                        Ok(opened) => opened,
-                        Err(_elapsed) => return,
-                    }
-                }
+                () = lapse => break,
             };
-            match opened {
-                Ok(Some(header)) => {
-                    if !self.carry(header, peer, destination).await {
-                        return;
-                    }
-                }
-                Ok(None) => return,
-                Err(error) => {
-                    tracing::debug!(pod = %self.pod.uid, %peer, "a tunnel ended: {error}");
-                    return;
-                }
-            }
+            next = self.opened(opened, peer);
         }
+        // Told once that none should come, the client may have asked for one more by then.
+        if server::go_away(&mut self.stream).await.is_ok()
+            && let Ok(opened) = timeout(FAREWELL, server::next_open(&mut self.stream)).await
+            && let Some(header) = self.opened(opened, peer)
+        {
+            self.carry(header, peer, destination).await;
+        }
+    }
+
+    fn opened(
+        &self,
+        opened: Result<Option<Header>, TunnelError>,
+        peer: SocketAddr,
+    ) -> Option<Header> {
+        opened.unwrap_or_else(|error| {
+            tracing::debug!(pod = %self.pod.uid, %peer, "a tunnel ended: {error}");
+            None
+        })
     }
 
     /// Carries one connection; false if the tunnel is done for.
     async fn carry(&mut self, header: Header, peer: SocketAddr, destination: SocketAddr) -> bool {
-        let (app, parties) = match self.admit(header, peer, destination).await {
-            Ok(admitted) => admitted,
+        let parties = match self.admit(header, peer, destination) {
+            Ok(parties) => parties,
             Err(refusal) => {
                 tracing::debug!(%peer, %destination, %refusal, "refused a connection");
                 return server::refuse(&mut self.stream, refusal).await;
@@ -154,22 +177,30 @@ impl Tunnel<'_> {
             let refusal = Refusal::new(Reason::Overloaded, "too many connections of this pod");
             return server::refuse(&mut self.stream, refusal).await;
         };
-        let outcome = relay(app, &mut self.stream, Role::Server, guard.traffic()).await;
-        guard.finish(outcome.end);
-        outcome.reusable
+        let dial = self.pod.sockets.dial_application(peer.ip(), destination);
+        match patient(self.pod.timeouts.dial, dial).await.and_then(AppSocket::new) {
+            Ok(app) => {
+                let outcome = relay(app, &mut self.stream, Role::Server, guard.traffic()).await;
+                guard.finish(outcome.end);
+                outcome.reusable
+            }
+            Err(error) => {
+                let refusal = dial_refusal(&error);
+                guard.finish(&refusal);
+                server::refuse(&mut self.stream, refusal).await
+            }
+        }
     }
 
-    /// Decides about a connection, and connects the application.
-    async fn admit(
+    /// Decides about a connection.
+    fn admit(
         &self,
         header: Header,
         peer: SocketAddr,
         destination: SocketAddr,
-    ) -> Result<(AppSocket, Parties), Refusal> {
-        let Self { pod, client, svid, .. } = self;
-        if SystemTime::now() >= client.not_after.min(svid.leaf.not_after) {
-            return Err(Refusal::new(Reason::Denied, "a certificate of this tunnel has expired"));
-        }
+    ) -> Result<Parties, Refusal> {
+        let Self { pod, client, .. } = self;
+        self.check_proof().map_err(|why| Refusal::new(Reason::Denied, &why))?;
         let registry = pod.registry();
         let parties = |workload: Option<Arc<Workload>>| Parties {
             direction: Direction::Inbound,
@@ -182,18 +213,29 @@ impl Tunnel<'_> {
             Refusal::new(wire_reason(reason), &reason.to_string())
         };
         let (source, port) = (peer.ip(), destination.port());
-        let workload = match pod.policy.ingress_mesh(client, source, &pod.uid, port, &registry) {
-            Verdict::Mesh(workload) => workload,
-            Verdict::Deny(reason) => return Err(deny(reason)),
-            Verdict::Plaintext(_) => return Err(deny(DenyReason::PlaintextRefused)),
-        };
-        if header.source().ip() != source {
-            return Err(deny(DenyReason::SourceAddress));
+        match pod.policy.ingress_mesh(client, source, &pod.uid, port, &registry) {
+            Verdict::Mesh(_) if header.source().ip() != source => {
+                Err(deny(DenyReason::SourceAddress))
+            }
+            Verdict::Mesh(workload) => Ok(parties(Some(workload))),
+            Verdict::Deny(reason) => Err(deny(reason)),
+            Verdict::Plaintext(_) => Err(deny(DenyReason::PlaintextRefused)),
         }
-        let dial = pod.sockets.dial_application(source, destination);
-        let app = patient(pod.timeouts.dial, dial).await.and_then(AppSocket::new);
-        let app = app.map_err(|error| dial_refusal(&error))?;
-        Ok((app, parties(Some(workload))))
+    }
+
+    /// Whether what both sides have proven in the handshake still holds.
+    fn check_proof(&self) -> Result<(), String> {
+        let Self { pod, stream, client, svid } = self;
+        let now = SystemTime::now();
+        if now >= client.not_after.min(svid.leaf.not_after) {
+            return Err("a certificate of this tunnel has expired".to_owned());
+        }
+        let current = pod.svid.borrow().clone().ok_or("this pod has no certificate any more")?;
+        if Arc::ptr_eq(&current.bundle, &svid.bundle) {
+            return Ok(());
+        }
+        let chain = stream.get_ref().1.peer_certificates().unwrap_or_default();
+        current.trusts(chain, now).map(drop).map_err(|error| error.to_string())
     }
 }
 
@@ -205,7 +247,7 @@ async fn lapse(pod: &PodProxy, shown: &Svid, client: &Leaf) {
         current.as_ref().is_none_or(|current| current.generation != shown.generation)
     });
     let now = SystemTime::now();
-    let valid = client.not_after.min(shown.leaf.not_after).duration_since(now).unwrap_or_default();
+    let valid = reusable_until([client, &shown.leaf]).duration_since(now).unwrap_or_default();
     let idle = pod.timeouts.idle_tunnel.saturating_mul(IDLE_FACTOR);
     tokio::select! {
         _ = replaced => {}

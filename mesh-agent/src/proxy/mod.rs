@@ -3,6 +3,7 @@
 //! [`outbound`] and [`inbound`] each take one accepted connection to its end; what they do is
 //! decided by [`crate::policy`] and carried by [`crate::tunnel`].
 
+mod admission;
 mod inbound;
 mod outbound;
 mod peer;
@@ -12,9 +13,11 @@ use std::{
     io,
     net::SocketAddr,
     sync::{Arc, Mutex, PoisonError},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
+use mesh_common::svid::Leaf;
+use socket2::SockRef;
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{Semaphore, watch},
@@ -22,13 +25,14 @@ use tokio::{
 use tokio_rustls::client::TlsStream;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
+pub(crate) use self::admission::Admission;
 use self::peer::Failed;
 use crate::{
     config::Timeouts,
     identity::{Snapshot, Svid, Workload},
     pod::sockets::{Facing, PodSockets},
     policy::Policy,
-    stats::{Direction, PodStats},
+    stats::{Direction, HandshakeFailure, PodStats},
     tunnel::{AppSocket, Pool, ReadAhead},
 };
 
@@ -37,6 +41,9 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// How often a pod's failed tunnels are worth a warning.
 const WARN_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Tunnels are given up before they expire, so that no connection is asked for just then.
+const EXPIRY_MARGIN: Duration = Duration::from_secs(2);
 
 /// A tunnel, to the client's agent.
 pub type ClientStream = TlsStream<ReadAhead<TcpStream>>;
@@ -59,8 +66,12 @@ pub struct PodProxy {
     pub warned: Mutex<Option<Instant>>,
     /// The node's idle tunnels.
     pub pool: Pool<ClientStream>,
-    /// Bounds the handshakes in flight, by direction.
-    pub handshakes: [Semaphore; 2],
+    /// Bounds the handshakes in flight that the pod's own connections need.
+    pub handshakes: Semaphore,
+    /// Bounds what peers may have that have not proven who they are.
+    pub(crate) unproven: Admission,
+    /// Accepted connections, tunnels that are idle included.
+    pub accepted: usize,
     /// How long things may take.
     pub timeouts: Timeouts,
     /// No new connections: the agent drains.
@@ -82,6 +93,12 @@ impl PodProxy {
                 accepted = listener.accept() => accepted,
             };
             match accepted {
+                Ok((stream, client)) if self.tasks.len() >= self.accepted => {
+                    reset(&stream);
+                    let detail = "the pod has limits.connections_per_pod connections";
+                    let failed = Failed::new(HandshakeFailure::Overloaded, detail);
+                    self.no_tunnel(facing.direction(), client, &failed);
+                }
                 Ok((stream, client)) => {
                     let proxy = Arc::clone(&self);
                     self.tasks.spawn(async move {
@@ -143,6 +160,19 @@ impl PodProxy {
             tokio::time::timeout(self.timeouts.handshake, svid.wait_for(Option::is_some)).await;
         waited.ok()?.ok()?.clone()
     }
+}
+
+/// Makes the end of a connection a reset.
+fn reset(stream: &TcpStream) {
+    // Where it fails, the client sees an orderly end of a connection on which nothing was said.
+    SockRef::from(stream).set_linger(Some(Duration::ZERO)).ok();
+}
+
+/// Until when a tunnel between the owners of these certificates may be asked for a connection.
+fn reusable_until(ends: [&Leaf; 2]) -> SystemTime {
+    let [one, other] = ends.map(|leaf| leaf.not_after);
+    let expiry = one.min(other);
+    expiry.checked_sub(EXPIRY_MARGIN).unwrap_or(expiry)
 }
 
 /// IPv4 mapped into IPv6, as a dual-stack socket shows it, becomes IPv4.

@@ -6,8 +6,9 @@ use rustls::pki_types::ServerName;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
-use super::{ClientStream, PodProxy, peer, peer::Failed, registration};
+use super::{ClientStream, PodProxy, peer, peer::Failed, registration, reusable_until};
 use crate::{
+    bpf::Tag,
     identity::{Svid, Workload},
     policy::Verdict,
     stats::{ConnectionGuard, Direction, HandshakeFailure, Kind, Parties, Party},
@@ -58,7 +59,7 @@ async fn plaintext(
     destination: SocketAddr,
     guard: ConnectionGuard,
 ) {
-    let dial = pod.sockets.dial_network(client.ip(), destination);
+    let dial = pod.sockets.dial_network(client.ip(), destination, Tag::Plaintext);
     let dialled = patient(pod.timeouts.dial, dial).await.and_then(AppSocket::new);
     match dialled {
         Ok(server) => {
@@ -130,13 +131,12 @@ impl Mesh<'_> {
         proof: Proof,
     ) -> Result<Tunnel<ClientStream>, Failed> {
         let Self { pod, client, destination, server, .. } = self;
-        let closed = |_| Failed::new(HandshakeFailure::Closed, "the pod is going away");
-        let turn = &pod.handshakes[Direction::Outbound as usize];
-        let _turn = turn.acquire().await.map_err(closed)?;
-        let dial = pod.sockets.dial_network(client.ip(), *destination);
+        let dial = pod.sockets.dial_network(client.ip(), *destination, Tag::Tunnel);
         let tcp = patient(pod.timeouts.dial, dial)
             .await
             .map_err(|error| Failed::new(HandshakeFailure::Unreachable, error.to_string()))?;
+        let closed = |_| Failed::new(HandshakeFailure::Closed, "the pod is going away");
+        let _turn = pod.handshakes.acquire().await.map_err(closed)?;
         let name = ServerName::IpAddress(destination.ip().into());
         let connect =
             TlsConnector::from(Arc::clone(&svid.client)).connect(name, ReadAhead::new(tcp));
@@ -144,7 +144,7 @@ impl Mesh<'_> {
         let leaf = peer::leaf(stream.get_ref().1)?;
         peer::check(&leaf, server)?;
         pod.stats.handshake(Direction::Outbound);
-        Ok(Tunnel { key, proof, not_after: leaf.not_after.min(svid.leaf.not_after), stream })
+        Ok(Tunnel { key, proof, not_after: reusable_until([&leaf, &svid.leaf]), stream })
     }
 }
 

@@ -15,6 +15,8 @@ pub enum HandshakeFailure {
     Identity,
     /// The pod has no valid certificate of its own to show.
     NoCertificate,
+    /// The peer has too many handshakes unfinished.
+    Overloaded,
     /// The peer spoke no TLS 1.3, or no protocol of ours.
     Protocol,
     /// The peer refused our certificate.
@@ -27,11 +29,12 @@ pub enum HandshakeFailure {
 
 impl HandshakeFailure {
     /// Every reason, in the order of [`Self::index`].
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Certificate,
         Self::Closed,
         Self::Identity,
         Self::NoCertificate,
+        Self::Overloaded,
         Self::Protocol,
         Self::Refused,
         Self::Timeout,
@@ -50,6 +53,7 @@ impl HandshakeFailure {
             Self::Closed => "closed",
             Self::Identity => "identity",
             Self::NoCertificate => "no-certificate",
+            Self::Overloaded => "overloaded",
             Self::Protocol => "protocol",
             Self::Refused => "refused",
             Self::Timeout => "timeout",
@@ -79,6 +83,7 @@ impl fmt::Display for HandshakeFailure {
             Self::Closed => "the peer broke the handshake off",
             Self::Identity => "the peer is not the pod that the registry names for its address",
             Self::NoCertificate => "the pod has no valid certificate",
+            Self::Overloaded => "the peer has too many handshakes unfinished",
             Self::Protocol => "the peer does not speak TLS 1.3 of the mesh",
             Self::Refused => "the peer refused the handshake",
             Self::Timeout => "the handshake took too long",

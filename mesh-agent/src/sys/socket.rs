@@ -5,6 +5,7 @@ use std::{
     io,
     ops::RangeInclusive,
     os::fd::{AsRawFd, BorrowedFd},
+    time::Duration,
 };
 
 use nix::libc;
@@ -14,6 +15,9 @@ const SO_NETNS_COOKIE: libc::c_int = 71;
 
 /// `IP_LOCAL_PORT_RANGE`, since 6.3.
 const IP_LOCAL_PORT_RANGE: libc::c_int = 51;
+
+/// `TCP_RTO_MAX_MS`, since 6.15.
+const TCP_RTO_MAX_MS: libc::c_int = 44;
 
 /// The cookie of the network namespace that a socket was made in: unique while the machine is up.
 ///
@@ -44,12 +48,27 @@ pub(crate) fn netns_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
 /// What `setsockopt` answers; `ENOPROTOOPT` before 6.3.
 pub(crate) fn limit_ports(socket: BorrowedFd<'_>, ports: &RangeInclusive<u16>) -> io::Result<()> {
     let value = u32::from(*ports.end()) << 16 | u32::from(*ports.start());
+    set(socket, libc::IPPROTO_IP, IP_LOCAL_PORT_RANGE, value)
+}
+
+/// Limits the time between two retransmissions, to between 1 s and 120 s: the kernel gives up
+/// after `net.ipv4.tcp_retries2` of them.
+///
+/// # Errors
+///
+/// What `setsockopt` answers; `ENOPROTOOPT` before 6.15.
+pub(crate) fn limit_backoff(socket: BorrowedFd<'_>, longest: Duration) -> io::Result<()> {
+    let milliseconds = u32::try_from(longest.as_millis()).unwrap_or(u32::MAX);
+    set(socket, libc::IPPROTO_TCP, TCP_RTO_MAX_MS, milliseconds.clamp(1_000, 120_000))
+}
+
+fn set(socket: BorrowedFd<'_>, level: i32, option: i32, value: u32) -> io::Result<()> {
     // SAFETY: the value outlives the call, and its size is given.
     let result = unsafe {
         libc::setsockopt(
             socket.as_raw_fd(),
-            libc::IPPROTO_IP,
-            IP_LOCAL_PORT_RANGE,
+            level,
+            option,
             (&raw const value).cast(),
             size_of_val(&value) as libc::socklen_t,
         )

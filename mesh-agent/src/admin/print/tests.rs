@@ -18,6 +18,7 @@ pod shop/cart-0 (u1) at /run/netns/cart
   connections  mtls 3/120, plaintext 0/0 (open/total), denied 2 (unknown-in-cluster 2)
   payload      1.0 KiB sent, 2.0 KiB received
   handshakes   7 ok, failed 0; 1 idle tunnels
+  udp          allow, 5 datagrams left
   drops        device/plaintext 12
   repairs      0; 4 connections aborted at enrolment
 
