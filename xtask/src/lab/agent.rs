@@ -93,9 +93,10 @@ impl Agent {
         self.start()
     }
 
-    /// Freezes it.
+    /// Freezes it, and waits until none of its threads runs any more.
     pub fn stop(&self) -> Result<()> {
-        self.process.signal(Signal::SIGSTOP)
+        self.process.signal(Signal::SIGSTOP)?;
+        until("every thread to have stopped", || self.process.is_stopped().ok()?.then_some(()))
     }
 
     /// Lets it go on.

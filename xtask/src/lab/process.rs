@@ -55,6 +55,18 @@ impl Process {
         kill(Pid::from_raw(pid), signal).with_context(|| format!("sending {signal} to {pid}"))
     }
 
+    /// Whether all its threads are stopped, proc_pid_stat(5).
+    pub fn is_stopped(&self) -> Result<bool> {
+        for thread in fs::read_dir(format!("/proc/{}/task", self.pid()))? {
+            let stat = fs::read_to_string(thread?.path().join("stat"))?;
+            let (_, after_name) = stat.rsplit_once(") ").context("a thread has a name")?;
+            if !after_name.starts_with('T') {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// Kills it and waits until it is gone.
     pub fn kill9(&mut self) -> Result<()> {
         self.signal(Signal::SIGKILL)?;

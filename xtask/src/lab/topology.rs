@@ -222,9 +222,11 @@ impl Lab {
         Ok(pod)
     }
 
-    /// Takes a pod away, as a runtime does: what runs in it ends, and its name goes.
+    /// Takes a pod away, as a runtime does: what runs in it ends, its device goes, and its name.
+    /// The namespace itself lives on for as long as somebody holds it, such as `pod`.
     pub fn delete_pod(&mut self, pod: &Pod) -> Result<()> {
         netns::kill_inhabitants(&[pod.inode()?].into());
+        pod.ip(&["link del eth0"])?;
         netns::ip(None, &[format!("netns del {}", pod.name())])?;
         self.namespaces.retain(|netns| netns.name() != pod.name());
         Ok(())
