@@ -10,6 +10,7 @@ const TOOLCHAIN: &str = "target/ebpf-toolchain.env";
 fn main() -> Result<()> {
     let manifest = PathBuf::from(env::var("CARGO_MANIFEST_DIR")?);
     let root = manifest.parent().context("the workspace root")?;
+    println!("cargo::rerun-if-env-changed=RUSTUP_TOOLCHAIN");
     for path in [TOOLCHAIN, "mesh-common/src/abi.rs", "Cargo.lock"] {
         println!("cargo::rerun-if-changed={}", root.join(path).display());
     }
@@ -29,7 +30,8 @@ fn main() -> Result<()> {
     let root_dir = root_dir.to_str().context("the workspace's path is not UTF-8")?;
     aya_build::build_ebpf(
         [Package { name: "mesh-ebpf", root_dir, ..Default::default() }],
-        Toolchain::Custom("stable"),
+        // A rustup proxy tells which toolchain it chose; its cargo serves, the compiler is another.
+        Toolchain::Custom(env::var("RUSTUP_TOOLCHAIN").as_deref().unwrap_or("stable")),
     )
 }
 

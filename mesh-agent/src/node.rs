@@ -1,26 +1,37 @@
 //! What the node offers: limits, mounts, kernel features.
 
-use std::{fs, path::PathBuf};
+use std::{fs, os::unix::fs::MetadataExt as _, path::PathBuf};
 
 use anyhow::{Context as _, Result};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-/// The first cgroup2 hierarchy in the mount table: `/sys/fs/cgroup`, or beside the first version's
-/// controllers where both are in use.
+/// The inode of the root of a cgroup hierarchy, and of no other cgroup.
+const CGROUP_ROOT_INODE: u64 = 1;
+
+/// The root of the cgroup2 hierarchy, by the mount table: `/sys/fs/cgroup`, or beside the first
+/// version's controllers where both are in use. A container may see a part of it only, in which
+/// programs would miss the pods.
 ///
 /// # Errors
 ///
-/// When the mount table cannot be read or has none.
+/// When the mount table cannot be read or has no such root.
 pub fn cgroup2_root() -> Result<PathBuf> {
     let mounts = fs::read_to_string("/proc/self/mounts").context("reading the mount table")?;
-    mounts
-        .lines()
-        .find_map(|line| {
-            let mut fields = line.split(' ');
-            let (_device, path, kind) = (fields.next()?, fields.next()?, fields.next()?);
-            (kind == "cgroup2").then(|| PathBuf::from(path))
-        })
-        .context("no cgroup2 hierarchy is mounted: mount one, or set `cgroup` to its directory")
+    let is_root =
+        |path: &PathBuf| fs::metadata(path).is_ok_and(|found| found.ino() == CGROUP_ROOT_INODE);
+    cgroup2_mounts(&mounts).find(is_root).context(
+        "the root of the cgroup2 hierarchy is not mounted here: mount it (in a container, the \
+         host's), or set `cgroup` to its directory",
+    )
+}
+
+/// Where cgroup2 is mounted, of a mount table as in proc_pid_mounts(5).
+fn cgroup2_mounts(mounts: &str) -> impl Iterator<Item = PathBuf> {
+    mounts.lines().filter_map(|line| {
+        let mut fields = line.split(' ');
+        let (_device, path, kind) = (fields.next()?, fields.next()?, fields.next()?);
+        (kind == "cgroup2").then(|| path.replace("\\040", " ").into())
+    })
 }
 
 /// Raises the limit of open files to what the kernel allows: a connection takes two.
@@ -42,4 +53,18 @@ pub fn raise_file_limit() -> Result<u64> {
 fn file_limit_ceiling() -> u64 {
     let ceiling = fs::read_to_string("/proc/sys/fs/nr_open").ok();
     ceiling.and_then(|text| text.trim().parse().ok()).unwrap_or(1 << 20)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cgroup2_is_found_beside_the_first_version() {
+        let table = "tmpfs /sys/fs/cgroup tmpfs rw 0 0\n\
+                     cgroup /sys/fs/cgroup/cpu cgroup rw,cpu 0 0\n\
+                     cgroup2 /sys/fs/cgroup/uni\\040fied cgroup2 rw 0 0\n";
+        let found: Vec<_> = cgroup2_mounts(table).collect();
+        assert_eq!(found, [PathBuf::from("/sys/fs/cgroup/uni fied")]);
+    }
 }

@@ -36,7 +36,41 @@ pub(crate) fn test(lab: Option<&str>, threads: u8) -> Result<()> {
         None => &["--workspace"],
     };
     let threads = format!("--test-threads={threads}");
-    run(cargo().args(["test", "--no-fail-fast"]).args(packages).args(["--", &threads]).args(lab))
+    run(cargo().args(["test", "--no-fail-fast"]).args(packages).args(["--", &threads]).args(lab))?;
+    if lab.is_none() { replay_corpora() } else { Ok(()) }
+}
+
+const FUZZ_MANIFEST: &str = "fuzz/Cargo.toml";
+
+/// Builds the fuzz targets and runs each over its corpus.
+fn replay_corpora() -> Result<()> {
+    let root = root()?;
+    let target = root.join("target/fuzz");
+    let mut build = cargo();
+    build.current_dir(root).args(["build", "--locked", "--manifest-path", FUZZ_MANIFEST]);
+    run(build.arg("--target-dir").arg(&target))?;
+    let mut replayed = 0;
+    for corpus in fs::read_dir(root.join("fuzz/corpus"))? {
+        let corpus = corpus?;
+        let inputs = fs::read_dir(corpus.path())?
+            .map(|input| Ok(input?.path()))
+            .collect::<Result<Vec<_>>>()?;
+        ensure!(!inputs.is_empty(), "{} is empty", corpus.path().display());
+        replayed += inputs.len();
+        // Silent unless it finds something: each input is a line otherwise.
+        let output = Command::new(target.join("debug").join(corpus.file_name()))
+            .args(inputs)
+            .output()
+            .with_context(|| format!("running the fuzz target of {}", corpus.path().display()))?;
+        ensure!(
+            output.status.success(),
+            "{}: {}",
+            corpus.path().display(),
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+    eprintln!("xtask: {replayed} inputs of the fuzz targets' corpora replayed");
+    Ok(())
 }
 
 /// Installs what the demo needs, and builds the binaries that it shows.
@@ -59,6 +93,10 @@ pub(crate) fn lint() -> Result<()> {
     setup(Tools::Build)?;
     run(cargo().args(["fmt", "--all", "--check"]))?;
     run(cargo().args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
+    let fuzz = ["--manifest-path", FUZZ_MANIFEST];
+    run(cargo().current_dir(root()?).arg("fmt").args(fuzz).arg("--check"))?;
+    let target = ["--target-dir", "target/fuzz", "--", "-D", "warnings"];
+    run(cargo().current_dir(root()?).arg("clippy").args(fuzz).args(target))?;
     lint_ebpf()?;
     lint_scripts()
 }

@@ -15,6 +15,7 @@ mod events;
 mod node;
 mod pins;
 mod pod;
+mod probe;
 
 use std::{io, path::PathBuf};
 

@@ -23,7 +23,7 @@ use mesh_common::abi::{
     Layer, MAX_PODS, PodConfig, PodCounters, Reason, TAG_APPLICATION, TAG_PLAINTEXT, TAG_TUNNEL,
 };
 
-use super::{BpfError, Events, OBJECT, pins, pins::Pins, pod::Guard};
+use super::{BpfError, Events, OBJECT, pins, pins::Pins, pod::Guard, probe};
 
 /// Drops of one pod for one reason at one layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,6 +76,10 @@ impl Datapath {
     ///
     /// See [`BpfError`]. Whatever guarded before still does.
     pub fn open(bpffs: &Path, cgroup: &Path) -> Result<(Self, Events), BpfError> {
+        let missing = probe::missing();
+        if !missing.is_empty() {
+            return Err(BpfError::Unsupported(format!("the kernel lacks {}", missing.join(", "))));
+        }
         let pins = Pins::open(bpffs)?;
         let mut loader = EbpfLoader::new();
         pins.share_maps(&mut loader);

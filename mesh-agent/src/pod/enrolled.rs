@@ -1,6 +1,7 @@
 //! One enrolled pod: how it comes under guard, stays there, and is let go.
 
 use std::{
+    io::ErrorKind,
     net::IpAddr,
     path::PathBuf,
     sync::{
@@ -29,7 +30,7 @@ use super::{
     manager::Node,
     netns::Netns,
     routing::{Changes, Routing},
-    sockets::{Facing, PodSockets},
+    sockets::{Facing, PodSockets, port_problem},
     source::PodSpec,
 };
 use crate::{
@@ -169,9 +170,16 @@ impl Enrolled {
         node.datapath.configure(cookie, &state.config(&inventory.addresses))?;
         guard_devices(node, &netns, &state, &inventory).await?;
         if !was_served {
-            let aborted = abort_connections(&netns, &inventory.addresses)
-                .context("aborting the pod's open connections")?;
-            state.aborted.store(aborted.into(), Ordering::Relaxed);
+            match abort_connections(&netns, &inventory.addresses) {
+                Ok(aborted) => state.aborted.store(aborted.into(), Ordering::Relaxed),
+                // The guards drop what they send.
+                Err(error) if error.kind() == ErrorKind::Unsupported => tracing::warn!(
+                    pod = spec.uid,
+                    "the kernel cannot abort connections (CONFIG_INET_DIAG_DESTROY): those that \
+                     the pod had open will hang until they time out"
+                ),
+                Err(error) => return Err(error).context("aborting the pod's open connections"),
+            }
         }
         routing.ensure(&inventory).await?;
 
@@ -339,7 +347,8 @@ async fn guard_devices(
         .context("entering the pod's network namespace")??;
     node.datapath.guard_peers(cookie, &peers)?;
     let peers = peers.into_iter().map(|peer| peer.name).collect();
-    *lock(&state.guarded) = Guarded { inventory: inventory.clone(), peers, problem: None };
+    let problem = port_problem(netns);
+    *lock(&state.guarded) = Guarded { inventory: inventory.clone(), peers, problem };
     Ok(())
 }
 

@@ -4,7 +4,7 @@
 //! application resets when it is closed, so that an agent that dies never looks like an orderly end.
 
 use std::{
-    io,
+    fs, io,
     net::{IpAddr, Ipv6Addr, SocketAddr, TcpStream},
     ops::RangeInclusive,
     os::fd::AsFd as _,
@@ -39,6 +39,33 @@ const PROBES: u32 = 6;
 /// of one connection for those of the other.
 const NETWORK_PORTS: RangeInclusive<u16> = 32_768..=46_883;
 const APPLICATION_PORTS: RangeInclusive<u16> = 46_884..=60_999;
+
+/// The ports for dialling an application in the name of a client outside of the mesh, whose own
+/// port may be any of those above.
+const PLAINTEXT_PORTS: RangeInclusive<u16> = 61_000..=65_535;
+
+/// How many of those are tried before the application counts as unreachable.
+const PLAINTEXT_ATTEMPTS: usize = 64;
+
+/// Why the kernel would not keep these halves apart in a pod, if so.
+pub fn port_problem(netns: &Netns) -> Option<String> {
+    let read = || fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range");
+    let range = netns.try_run(read).and_then(|range| range);
+    let range = range.unwrap_or_default();
+    let mut bounds = range.split_whitespace().map_while(|bound| bound.parse::<u16>().ok());
+    let separates = bounds.next().zip(bounds.next()).is_some_and(|(low, high)| {
+        low <= *NETWORK_PORTS.end() && *APPLICATION_PORTS.start() <= high
+    });
+    (!separates).then(|| {
+        format!(
+            "net.ipv4.ip_local_port_range in the pod is {:?}, which does not contain {} and {}: \
+             some of its connections will fail",
+            range.trim(),
+            NETWORK_PORTS.end(),
+            APPLICATION_PORTS.start()
+        )
+    })
+}
 
 /// Makes sockets in one pod.
 #[derive(Clone)]
@@ -111,7 +138,7 @@ impl PodSockets {
         connect(socket, source, &NETWORK_PORTS, destination).await
     }
 
-    /// Dials an application in the pod over loopback, as if from `client`.
+    /// Dials an application in the pod over loopback, as if from `client`, a pod of the mesh.
     ///
     /// # Errors
     ///
@@ -121,6 +148,39 @@ impl PodSockets {
         client: IpAddr,
         destination: SocketAddr,
     ) -> io::Result<tokio::net::TcpStream> {
+        let socket = self.application_socket(destination)?;
+        connect(socket, client, &APPLICATION_PORTS, destination).await
+    }
+
+    /// The same for a `client` outside of the mesh.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel answers.
+    pub async fn dial_application_in_plaintext(
+        &self,
+        client: IpAddr,
+        destination: SocketAddr,
+    ) -> io::Result<tokio::net::TcpStream> {
+        // The kernel chooses no port outside of its range, so that it must be asked for each.
+        for _ in 0..PLAINTEXT_ATTEMPTS {
+            let socket = self.application_socket(destination)?;
+            socket.set_reuse_address(true)?;
+            let source = SocketAddr::new(client, rand::random_range(PLAINTEXT_PORTS));
+            let dialled = match socket.bind(&source.into()) {
+                Ok(()) => dial(socket, destination).await,
+                Err(error) => Err(error),
+            };
+            let taken = [io::ErrorKind::AddrInUse, io::ErrorKind::AddrNotAvailable];
+            match dialled {
+                Err(error) if taken.contains(&error.kind()) => {}
+                result => return result,
+            }
+        }
+        Err(io::ErrorKind::AddrInUse.into())
+    }
+
+    fn application_socket(&self, destination: SocketAddr) -> io::Result<Socket> {
         let socket = self.socket(Domain::for_address(destination))?;
         socket.set_tcp_nodelay(true)?;
         if destination.is_ipv4() {
@@ -132,7 +192,7 @@ impl PodSockets {
         // Makes the pod's `sk_lookup` see loopback, and the kernel reuse ports at once.
         socket.bind_device(Some(b"lo"))?;
         reset_on_close(&socket)?;
-        connect(socket, client, &APPLICATION_PORTS, destination).await
+        Ok(socket)
     }
 
     fn socket(&self, domain: Domain) -> io::Result<Socket> {
@@ -188,6 +248,10 @@ async fn connect(
     setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)?;
     limit_ports(socket.as_fd(), ports)?;
     socket.bind(&SocketAddr::new(source, 0).into())?;
+    dial(socket, destination).await
+}
+
+async fn dial(socket: Socket, destination: SocketAddr) -> io::Result<tokio::net::TcpStream> {
     TcpSocket::from_std_stream(TcpStream::from(socket)).connect(destination).await
 }
 

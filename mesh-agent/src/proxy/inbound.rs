@@ -71,7 +71,7 @@ async fn plaintext(pod: &PodProxy, stream: TcpStream, parties: Parties) {
     let Ok(guard) = pod.stats.open(parties, Kind::Plaintext) else { return reset(&stream) };
     let dial = async {
         pod.sockets.allow_plaintext(&stream)?;
-        let app = pod.sockets.dial_application(client.ip(), destination).await?;
+        let app = pod.sockets.dial_application_in_plaintext(client.ip(), destination).await?;
         Ok((AppSocket::new(stream)?, AppSocket::new(app)?))
     };
     match patient(pod.timeouts.dial, dial).await {
