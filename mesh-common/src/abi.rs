@@ -43,6 +43,12 @@ pub const TAG_APPLICATION: u32 = 3;
 /// Set in [`PodConfig::flags`]: UDP of this pod is dropped, except to port 53.
 pub const POD_DENIES_UDP: u32 = 1;
 
+/// Set in [`PodConfig::flags`]: IPv4 of this pod can be captured, it has an address to talk from.
+pub const POD_HAS_V4: u32 = 2;
+
+/// Set in [`PodConfig::flags`]: the same for IPv6.
+pub const POD_HAS_V6: u32 = 4;
+
 /// An IPv6 address, or an IPv4 one as IPv4-mapped IPv6, in network byte order.
 pub type Address = [u8; 16];
 
@@ -125,10 +131,12 @@ pub enum Reason {
     Unmarkable = 8,
     /// The program found no configuration for the pod it guards.
     Unconfigured = 9,
+    /// The pod has no address of the destination's family.
+    NoAddress = 10,
 }
 
 /// The number of [`Reason`]s.
-pub const REASONS: usize = 10;
+pub const REASONS: usize = 11;
 
 impl Reason {
     /// Every reason, in the order of their numbers.
@@ -143,6 +151,7 @@ impl Reason {
         Self::BoundDevice,
         Self::Unmarkable,
         Self::Unconfigured,
+        Self::NoAddress,
     ];
 
     /// The name shown by `status` and in metrics.
@@ -158,6 +167,7 @@ impl Reason {
             Self::BoundDevice => "bound-device",
             Self::Unmarkable => "unmarkable",
             Self::Unconfigured => "unconfigured",
+            Self::NoAddress => "no-address",
         }
     }
 }

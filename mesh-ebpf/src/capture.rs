@@ -1,6 +1,8 @@
 //! Which connections go to the agent. Pure decisions.
 
-use mesh_common::abi::{Address, MAX_POD_ADDRESSES, PodConfig, Reason, V4_MAPPED_PREFIX};
+use mesh_common::abi::{
+    Address, MAX_POD_ADDRESSES, POD_HAS_V4, POD_HAS_V6, PodConfig, Reason, V4_MAPPED_PREFIX,
+};
 
 const LOOPBACK_IFINDEX: u32 = 1;
 
@@ -42,6 +44,10 @@ pub(crate) fn connect<S: Connecting>(
     // A link-local destination names its device, to which the kernel binds the socket after this.
     if socket.bound_ifindex() > LOOPBACK_IFINDEX || is_link_local_v6(destination) {
         return Err(Reason::BoundDevice);
+    }
+    let family = if is_v4(destination) { POD_HAS_V4 } else { POD_HAS_V6 };
+    if pod.flags & family == 0 {
+        return Err(Reason::NoAddress);
     }
     if !socket.agent_listens() {
         return Err(Reason::AgentGone);
@@ -169,7 +175,8 @@ mod tests {
         let mut addresses = [[0; 16]; MAX_POD_ADDRESSES];
         addresses[0] = address("10.1.0.2");
         addresses[1] = address("fd00:1::2");
-        PodConfig { addresses, address_count: 2, flags: 0, listener_port: 1, reserved: 0 }
+        let flags = POD_HAS_V4 | POD_HAS_V6;
+        PodConfig { addresses, address_count: 2, flags, listener_port: 1, reserved: 0 }
     }
 
     #[derive(Clone, Copy)]
@@ -240,6 +247,18 @@ mod tests {
         }
         let dead = Socket { listens: false, ..APPLICATION };
         assert_eq!(to("10.1.0.3", dead), Err(Reason::AgentGone));
+    }
+
+    #[test]
+    fn without_an_address_of_the_family_there_is_no_capture() {
+        let without = |flag: u32| {
+            let pod = pod();
+            PodConfig { flags: pod.flags & !flag, ..pod }
+        };
+        let to = |pod, destination| connect(&pod, &address(destination), APPLICATION);
+        assert_eq!(to(without(POD_HAS_V6), "fd00:1::3"), Err(Reason::NoAddress));
+        assert_eq!(to(without(POD_HAS_V6), "10.1.0.3"), Ok(Connect::Capture));
+        assert_eq!(to(without(POD_HAS_V4), "10.1.0.3"), Err(Reason::NoAddress));
     }
 
     fn arrives(ifindex: u32, remote: &str, local: &str) -> Result<Steer, Reason> {

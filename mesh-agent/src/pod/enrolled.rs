@@ -12,7 +12,9 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use mesh_common::abi::{Address, MAX_POD_ADDRESSES, POD_DENIES_UDP, PodConfig};
+use mesh_common::abi::{
+    Address, MAX_POD_ADDRESSES, POD_DENIES_UDP, POD_HAS_V4, POD_HAS_V6, PodConfig,
+};
 use tokio::{
     net::TcpListener,
     sync::{Notify, Semaphore},
@@ -102,15 +104,23 @@ impl PodState {
         self.wake.notify_one();
     }
 
-    fn config(&self, addresses: &[IpAddr]) -> PodConfig {
+    fn config(&self, inventory: &Inventory) -> PodConfig {
+        let mut flags = 0;
+        for (flag, set) in [
+            (POD_DENIES_UDP, *lock(&self.udp) == Udp::Deny),
+            (POD_HAS_V4, inventory.source(true).is_some()),
+            (POD_HAS_V6, inventory.source(false).is_some()),
+        ] {
+            flags |= if set { flag } else { 0 };
+        }
         let mut config = PodConfig {
             addresses: [[0; 16]; MAX_POD_ADDRESSES],
             address_count: 0,
-            flags: if *lock(&self.udp) == Udp::Deny { POD_DENIES_UDP } else { 0 },
+            flags,
             listener_port: self.listener_port.load(Ordering::Relaxed) as u32,
             reserved: 0,
         };
-        for (slot, address) in config.addresses.iter_mut().zip(addresses) {
+        for (slot, address) in config.addresses.iter_mut().zip(&inventory.addresses) {
             *slot = octets(*address);
             config.address_count += 1;
         }
@@ -167,7 +177,7 @@ impl Enrolled {
         let changes = Changes::watch(&netns)?;
         let routing = Arc::new(Routing::connect(Arc::clone(&netns))?);
         let inventory = routing.inventory().await?;
-        node.datapath.configure(cookie, &state.config(&inventory.addresses))?;
+        node.datapath.configure(cookie, &state.config(&inventory))?;
         guard_devices(node, &netns, &state, &inventory).await?;
         if !was_served {
             match abort_connections(&netns, &inventory.addresses) {
@@ -191,7 +201,7 @@ impl Enrolled {
         node.datapath.steer(cookie, &*netns, &outbound, &inbound)?;
         let port = outbound.local_addr().context("listening in the pod")?.port();
         state.listener_port.store(port.into(), Ordering::Relaxed);
-        node.datapath.configure(cookie, &state.config(&inventory.addresses))?;
+        node.datapath.configure(cookie, &state.config(&inventory))?;
         state.listening.store(true, Ordering::Relaxed);
 
         let svid = node.identity.track(&spec.uid);
@@ -210,8 +220,8 @@ impl Enrolled {
     /// Applies what may change of an enrolled pod.
     pub(super) fn update(&mut self, node: &Node, spec: PodSpec) -> Result<()> {
         *lock(&self.state.udp) = spec.udp;
-        let addresses = self.state.guarded().inventory.addresses;
-        node.datapath.configure(self.state.cookie, &self.state.config(&addresses))?;
+        let inventory = self.state.guarded().inventory;
+        node.datapath.configure(self.state.cookie, &self.state.config(&inventory))?;
         self.spec = spec;
         Ok(())
     }
@@ -316,8 +326,8 @@ impl Keeper {
     async fn repair(&self) -> Result<()> {
         let Self { node, netns, routing, state } = self;
         let inventory = routing.inventory().await?;
-        if inventory.addresses != state.guarded().inventory.addresses {
-            node.datapath.configure(state.cookie, &state.config(&inventory.addresses))?;
+        if inventory != state.guarded().inventory {
+            node.datapath.configure(state.cookie, &state.config(&inventory))?;
         }
         guard_devices(node, netns, state, &inventory).await?;
         let repaired = routing.ensure(&inventory).await?;

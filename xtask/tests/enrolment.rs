@@ -1,0 +1,77 @@
+//! Pods that are hard to enrol.
+
+use std::io::ErrorKind;
+
+use anyhow::{Result, bail, ensure};
+use xtask::lab::mesh::pods;
+use xtask::lab::raw::{PacketSocket, frame, gateway_address, tcp_packet};
+use xtask::lab::traffic::exchange;
+use xtask::lab::{Canary, Mesh, Pod, until};
+
+const PORT: u16 = 8080;
+const IPV4: u16 = 0x0800;
+
+/// Sends plaintext past every socket that the agent could capture.
+fn send_frame(mesh: &Mesh, from: &Pod, to: &Pod, canary: &Canary) -> Result<()> {
+    let packet = tcp_packet(from.sockets(PORT)[0], to.sockets(PORT)[0], canary.bytes())?;
+    let socket = PacketSocket::open(from, "eth0", false)?;
+    socket.send(&frame(gateway_address(&mesh.nodes[0])?, &[], IPV4, &packet))
+}
+
+/// The first of its two listeners takes the only port there is.
+#[test]
+fn a_pod_that_cannot_be_enrolled_anew_stays_under_guard() -> Result<()> {
+    const PORTS: &str = "net/ipv4/ip_local_port_range";
+    let mut mesh = Mesh::new("a_pod_that_cannot_be_enrolled_anew_stays_under_guard")?;
+    let (client, server) = (mesh.pod(0, "client")?, mesh.pod(1, "server")?);
+    let _echo = server.echo(PORT)?;
+    let ports = client.sysctl_value(PORTS)?;
+
+    mesh.agents[0].kill9()?;
+    client.sysctl(PORTS, "40000 40000")?;
+    mesh.agents[0].start()?;
+    let agent = &mesh.agents[0];
+    let complains = || {
+        let status = agent.status().ok()?;
+        let failed = status["pod_files"].as_array().is_some_and(|files| !files.is_empty());
+        (failed && pods(&status).count() == 0).then_some(())
+    };
+    until("the enrolment to have failed", complains)?;
+    let canary = Canary::random();
+    let wire = mesh.lab.capture()?;
+    send_frame(&mesh, &client, &server, &canary)?;
+    ensure!(client.connect(server.sockets(PORT)[0]).is_err(), "connected past the agent");
+    wire.stop()?.expect_absent(&canary)?;
+
+    client.sysctl(PORTS, ports.trim())?;
+    mesh.wait_certified(&client)?;
+    exchange(client.connect(server.sockets(PORT)[0])?, canary.bytes())?;
+
+    // The same frame, where it must be seen.
+    agent.unenroll(&client)?;
+    let wire = mesh.lab.capture()?;
+    send_frame(&mesh, &client, &server, &canary)?;
+    wire.stop()?.expect_present(&canary)
+}
+
+/// It has a link-local address of the other family all the same, as every device has.
+#[test]
+fn pods_of_one_address_family() -> Result<()> {
+    for (family, other, route) in [(0, 1, "-6"), (1, 0, "-4")] {
+        let mut mesh = Mesh::new(&format!("pods_of_one_address_family{route}"))?;
+        let (client, server) = (mesh.plain_pod(0, "client")?, mesh.pod(1, "server")?);
+        let gone = client.addresses()[other];
+        client.ip(&[format!("addr flush dev eth0 to {gone}")])?;
+        mesh.enroll(&client)?;
+        let _echo = server.echo(PORT)?;
+        let canary = Canary::random();
+        let wire = mesh.lab.capture()?;
+        exchange(client.connect(server.sockets(PORT)[family])?, canary.bytes())?;
+        let Err(error) = client.connect(server.sockets(PORT)[other]) else {
+            bail!("connected from no address");
+        };
+        ensure!(error.kind() == ErrorKind::ConnectionRefused, "{error}");
+        wire.stop()?.expect_absent(&canary)?;
+    }
+    Ok(())
+}
