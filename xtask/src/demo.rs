@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{self, IsTerminal as _, Read as _, Write as _};
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt as _;
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -248,7 +249,7 @@ impl Apache {
     fn start(pod: &Pod) -> Result<Self> {
         // Its workers are not root, and must reach the page.
         let directory = tempfile::Builder::new()
-            .prefix("nodemesh-demo-")
+            .prefix(&directory_prefix())
             .permissions(fs::Permissions::from_mode(0o755))
             .tempdir()?;
         let path = directory.path();
@@ -339,6 +340,20 @@ fn indent(text: &str) -> String {
     text.lines().map(|line| format!("        {line}\n")).collect()
 }
 
+/// What the names of this process's directories begin with.
+fn directory_prefix() -> String {
+    format!("nodemesh-demo-{}-", std::process::id())
+}
+
+fn own_directories() -> Vec<PathBuf> {
+    let is_own = |path: &PathBuf| {
+        let name = path.file_name().and_then(|name| name.to_str());
+        name.is_some_and(|name| name.starts_with(&directory_prefix()))
+    };
+    let Ok(entries) = fs::read_dir(std::env::temp_dir()) else { return Vec::new() };
+    entries.flatten().map(|entry| entry.path()).filter(is_own).collect()
+}
+
 /// Ctrl-C removes what the demo made, then ends it. Must be called before there is any thread.
 fn clean_up_on_interrupt() -> Result<()> {
     let signals = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM]);
@@ -346,8 +361,10 @@ fn clean_up_on_interrupt() -> Result<()> {
     thread::spawn(move || {
         if signals.wait().is_ok() {
             eprintln!("\ninterrupted: cleaning up");
-            lab::remove_own();
-            std::process::exit(130);
+            for directory in own_directories() {
+                fs::remove_dir_all(directory).ok();
+            }
+            lab::remove_own_and_exit(130);
         }
     });
     Ok(())

@@ -10,8 +10,8 @@ use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::Once;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Once, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
@@ -76,6 +76,7 @@ impl Lab {
         SWEEP.call_once(sweep);
         raise_file_limit()?;
 
+        let making = making();
         let number = COUNTER.fetch_add(1, Ordering::Relaxed);
         let name = format!("{PREFIX}{}-{number}", std::process::id());
         let state = Path::new(STATE_DIR).join(&name);
@@ -83,6 +84,7 @@ impl Lab {
         mount_fs("tmpfs", &state)?;
         fs::create_dir(state.join("bpf"))?;
         mount_fs("bpf", &state.join("bpf"))?;
+        drop(making);
 
         let logs = binary_dir()?.parent().context("no target directory")?.join("lab").join(title);
         if logs.exists() {
@@ -197,12 +199,23 @@ fn json_of(command: &mut Command) -> Result<Value> {
     })
 }
 
-/// Removes every laboratory of this process, which is about to end.
-pub fn remove_own() {
+/// Held by whoever makes something that outlives the process.
+static MAKING: RwLock<()> = RwLock::new(());
+
+/// Leave to make something, until the process ends.
+fn making() -> RwLockReadGuard<'static, ()> {
+    MAKING.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Removes every laboratory of this process, and ends it.
+pub fn remove_own_and_exit(status: i32) -> ! {
+    // Held to the end: another thread may be about to make the next namespace.
+    let _nothing_more = MAKING.write().unwrap_or_else(PoisonError::into_inner);
     let own = std::process::id();
     for name in names().filter(|(pid, _)| *pid == own).map(|(_, name)| name) {
         remove(&name);
     }
+    std::process::exit(status)
 }
 
 /// Removes everything of the laboratory of this name. What is already gone is no failure, and

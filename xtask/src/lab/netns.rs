@@ -14,7 +14,7 @@ use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::run_program;
+use super::{making, run_program};
 
 /// Where `ip netns` keeps its namespaces.
 pub(super) const NETNS_DIR: &str = "/run/netns";
@@ -30,6 +30,7 @@ impl Netns {
     /// Makes a namespace of this name, with loopback up, IPv6 addresses usable at once and strict
     /// reverse path filtering.
     pub(super) fn create(name: &str) -> Result<Self> {
+        let _making = making();
         ip(None, &[format!("netns add {name}")])?;
         let file = File::open(Path::new(NETNS_DIR).join(name))
             .with_context(|| format!("opening the namespace {name}"))?;

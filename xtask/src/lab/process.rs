@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, bail};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::{Netns, until};
+use super::{Netns, making, until};
 
 /// A child process inside a namespace. Dropping it kills it.
 #[derive(Debug)]
@@ -25,6 +25,7 @@ impl Process {
             .append(true)
             .open(log)
             .with_context(|| format!("opening {}", log.display()))?;
+        let _making = making();
         command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
         let child = netns
             .run(|| command.spawn())
