@@ -22,6 +22,7 @@ pub struct Control {
     netns: Netns,
     process: Process,
     config: PathBuf,
+    state: PathBuf,
     socket: PathBuf,
     log: PathBuf,
 }
@@ -32,18 +33,19 @@ impl Lab {
     pub fn control(&mut self, extra: &str) -> Result<Control> {
         let netns = self.control_namespace()?;
         let directory = self.directory("control")?;
+        let state = directory.join("state");
         let socket = directory.join("admin.sock");
         let config = directory.join("config.yaml");
         let text = format!(
             "trust_domain: {TRUST_DOMAIN}\nstate_dir: {}\nadmin_socket: {}\n\
              listen: \"[::]:{LISTEN_PORT}\"\nhttp_listen: 127.0.0.1:{HTTP_PORT}\n{extra}\n",
-            directory.join("state").display(),
+            state.display(),
             socket.display(),
         );
         fs::write(&config, text)?;
         let log = self.logs().join("control.log");
         let process = start(&netns, &config, &log)?;
-        let mut control = Control { netns, process, config, socket, log };
+        let mut control = Control { netns, process, config, state, socket, log };
         control.wait_ready()?;
         Ok(control)
     }
@@ -63,6 +65,11 @@ impl Control {
     /// Its namespace.
     pub fn netns(&self) -> &Netns {
         &self.netns
+    }
+
+    /// Its state directory, with the keys of its CA.
+    pub fn state_dir(&self) -> &Path {
+        &self.state
     }
 
     /// Kills it and starts it again on the same state.

@@ -121,6 +121,13 @@ pub fn pods(status: &Value) -> impl Iterator<Item = &Value> {
     status["pods"].as_array().into_iter().flatten()
 }
 
+/// What an agent has counted for all its pods in a list of its status (`handshakes`, `denied`,
+/// `drops`), of the entries in which `key` is `value`.
+pub fn counted(status: &Value, list: &str, key: &str, value: &str) -> u64 {
+    let entries = pods(status).filter_map(|pod| pod[list].as_array()).flatten();
+    entries.filter(|entry| entry[key] == *value).filter_map(|entry| entry["count"].as_u64()).sum()
+}
+
 /// The serial number of each pod's certificate, out of an agent's status.
 pub fn serials(status: &Value) -> Vec<&str> {
     pods(status).filter_map(|pod| pod["certificate"]["serial"].as_str()).collect()
