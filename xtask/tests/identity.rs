@@ -1,10 +1,14 @@
 //! Who gets a certificate, for how long it is good, and who is refused.
 
+#[path = "support/thief.rs"]
+mod thief;
+
 use std::io::{Read as _, Write as _};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
+use tonic::Code;
 use xtask::lab::mesh::{Settings, pods, serials};
 use xtask::lab::traffic::{exchange, expect_refusal};
 use xtask::lab::{Canary, Load, Mesh, Pod, until};
@@ -192,6 +196,34 @@ fn a_node_gets_no_certificate_for_a_pod_of_another() -> Result<()> {
         let told = pods(&status).any(|pod| pod["certificate_problem"].is_string());
         (told || pods(&status).count() == 0 || refusals(&mesh).ok()? > before).then_some(())
     })
+}
+
+/// The agent of node b would not even ask; whoever has stolen its key does.
+#[test]
+fn a_stolen_node_key_is_good_for_its_own_pods_only() -> Result<()> {
+    let mut mesh = Mesh::new("a_stolen_node_key_is_good_for_its_own_pods_only")?;
+    let (own, other) = (mesh.plain_pod(1, "own")?, mesh.plain_pod(0, "other")?);
+    for pod in [&own, &other] {
+        mesh.control.register(pod)?;
+    }
+    let refused = |reason: &str| -> Result<u64> {
+        Ok(mesh.control.status()?["refused"][reason].as_u64().unwrap_or(0))
+    };
+    let ask = |uid: &str| thief::issue_svid(&mesh.agents[1], &mesh.nodes[1], uid);
+
+    let leaf = ask(&own.uid())?.context("for the node's own pod")?;
+    ensure!(leaf.pod.is_some_and(|pod| pod.uid == own.uid()), "for another pod");
+    let mut texts = Vec::new();
+    for (uid, reason) in [(other.uid(), "pod-foreign"), ("uid-nowhere".to_owned(), "pod-unknown")] {
+        let before = refused(reason)?;
+        let Err(status) = ask(&uid)? else { bail!("a certificate for {uid}") };
+        ensure!(status.code() == Code::PermissionDenied, "{uid}: {status}");
+        ensure!(refused(reason)? == before + 1, "{uid}: not counted as {reason}");
+        texts.push(status.message().replace(&uid, "UID"));
+    }
+    // A thief does not learn which pods there are.
+    ensure!(texts[0] == texts[1], "told apart: {texts:?}");
+    Ok(())
 }
 
 #[test]
