@@ -47,6 +47,7 @@ impl Load {
     pub fn during<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
         self.stop.store(false, Ordering::Relaxed);
         thread::scope(|scope| {
+            let _stop = Stop(&self.stop);
             for address in self.addresses {
                 scope.spawn(move || {
                     while !self.stop.load(Ordering::Relaxed) {
@@ -54,9 +55,7 @@ impl Load {
                     }
                 });
             }
-            let outcome = work();
-            self.stop.store(true, Ordering::Relaxed);
-            outcome
+            work()
         })
     }
 
@@ -90,6 +89,15 @@ impl Load {
         ensure!(failed == 0, "{failed} connections failed, {succeeded} succeeded; first {first}");
         ensure!(succeeded > 0, "no connection was made at all");
         Ok(())
+    }
+}
+
+/// Also when the work panics: the scope waits for its threads before the panic goes on.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }
 
