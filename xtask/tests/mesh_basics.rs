@@ -1,63 +1,18 @@
 //! Ordinary traffic through the mesh: it must arrive as it would without, and must not be
 //! readable on the way.
 
-use std::io::{ErrorKind, Read as _, Write as _};
+use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
 use std::thread;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use nix::sched::{CloneFlags, unshare};
 use sha2::{Digest as _, Sha256};
+use xtask::lab::compare::{PORT, as_without_mesh, expect_end, expect_reset, pair};
 use xtask::lab::mesh::Settings;
 use xtask::lab::topology::OUTSIDE_ADDRESSES;
 use xtask::lab::traffic::{accept, canonical, exchange, expect_refusal, reset_on_close};
-use xtask::lab::{Canary, Mesh, Pod};
-
-const PORT: u16 = 8080;
-
-/// Checks one behaviour over IPv4 and IPv6 between pods of two nodes and of one, with the mesh
-/// and also without it: what the mesh is compared with is the kernel.
-fn as_without_mesh(title: &str, check: impl Fn(&Pod, &Pod, usize) -> Result<()>) -> Result<()> {
-    let mut mesh = Mesh::new(title)?;
-    let plain = (mesh.plain_pod(0, "plain1")?, mesh.plain_pod(1, "plain2")?);
-    let client = mesh.pod(0, "client")?;
-    let (far, near) = (mesh.pod(1, "far")?, mesh.pod(0, "near")?);
-    let pairs = [
-        ("without the mesh", &plain.0, &plain.1),
-        ("to another node", &client, &far),
-        ("on one node", &client, &near),
-    ];
-    for (what, client, server) in pairs {
-        for (family, name) in ["IPv4", "IPv6"].into_iter().enumerate() {
-            check(client, server, family).with_context(|| format!("{what}, over {name}"))?;
-        }
-    }
-    Ok(())
-}
-
-/// A connection from one pod to the other, both ends.
-fn pair(client: &Pod, server: &Pod, family: usize) -> Result<(TcpStream, TcpStream)> {
-    let listener = server.listen(PORT)?;
-    let outgoing = client.connect(server.sockets(PORT)[family])?;
-    let (incoming, _) = accept(&listener)?;
-    Ok((outgoing, incoming))
-}
-
-fn expect_end(stream: &mut TcpStream) -> Result<()> {
-    let mut rest = Vec::new();
-    stream.read_to_end(&mut rest).context("waiting for the end")?;
-    ensure!(rest.is_empty(), "{} bytes came before the end", rest.len());
-    Ok(())
-}
-
-fn expect_reset(stream: &mut TcpStream) -> Result<()> {
-    match stream.read(&mut [0; 16]) {
-        Ok(0) => bail!("a clean end instead of a reset"),
-        Ok(count) => bail!("{count} bytes instead of a reset"),
-        Err(error) if error.kind() == ErrorKind::ConnectionReset => Ok(()),
-        Err(error) => Err(error).context("waiting for a reset"),
-    }
-}
+use xtask::lab::{Canary, Mesh};
 
 #[test]
 fn both_sides_see_the_real_addresses() -> Result<()> {

@@ -21,6 +21,7 @@ use serde_json::Value;
 pub mod agent;
 pub mod canary;
 pub mod capture;
+pub mod compare;
 pub mod control;
 pub mod http;
 pub mod load;
