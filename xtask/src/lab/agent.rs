@@ -76,6 +76,16 @@ impl Agent {
         &self.runtime
     }
 
+    /// The directory of its pod files.
+    pub fn pods_dir(&self) -> PathBuf {
+        self.config.with_file_name("pods")
+    }
+
+    /// A page of its HTTP server, with status line and headers.
+    pub fn http(&self, path: &str) -> Result<String> {
+        Ok(http::get(&self.node, HTTP_PORT, path)?)
+    }
+
     /// Kills it as the kernel would: nothing of it runs any more.
     pub fn kill9(&mut self) -> Result<()> {
         self.process.kill9()

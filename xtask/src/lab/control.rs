@@ -72,6 +72,11 @@ impl Control {
         &self.state
     }
 
+    /// A page of its HTTP server, with status line and headers.
+    pub fn http(&self, path: &str) -> Result<String> {
+        Ok(http::get(&self.netns, HTTP_PORT, path)?)
+    }
+
     /// Kills it and starts it again on the same state.
     pub fn restart(&mut self) -> Result<()> {
         self.process.kill9().ok();
