@@ -8,6 +8,7 @@ use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::{Arc, mpsc};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use mesh_common::svid::PeerVerifier;
@@ -382,6 +383,76 @@ fn ping(stream: &mut TcpStream, number: &mut u8) -> Result<()> {
     stream.read_exact(&mut answer)?;
     ensure!(answer == [*number], "sent {number}, got {answer:?}");
     Ok(())
+}
+
+/// A client may keep a tunnel, but not what it was made under.
+#[test]
+fn a_kept_tunnel_outlives_nothing_that_it_rests_on() -> Result<()> {
+    const LIFETIME: Duration = Duration::from_secs(4);
+    let scene = Scene::new("a_kept_tunnel_outlives_nothing_that_it_rests_on", "")?;
+    let application = Application::start(&scene.server, PORT)?;
+    let to = scene.server.sockets(PORT)[0];
+    let born = Instant::now();
+    let short =
+        Claim { valid: -60..LIFETIME.as_secs().cast_signed(), ..Claim::of(&scene.attacker)? };
+    let short = scene.ca.issue(&short)?;
+    let mut expiring = dial(&scene.attacker, to, &scene.verifier, Some(short), ALPN)?;
+    let (mut kept, source) = scene.tunnel(0)?;
+    for _ in 0..2 {
+        for client in [&mut expiring, &mut kept] {
+            converse(client, source, b"while it lasts")?;
+            application.expect(b"while it lasts", None)?;
+        }
+    }
+    // Expiry is a matter of time.
+    thread::sleep((LIFETIME + Duration::from_secs(1)).saturating_sub(born.elapsed()));
+    expect_nothing_served(&mut expiring, source).context("with an expired certificate")?;
+    converse(&mut kept, source, b"the other one")?;
+    application.expect(b"the other one", None)?;
+
+    scene.mesh.control.deregister(&scene.attacker)?;
+    scene.mesh.wait_synced()?;
+    expect_nothing_served(&mut kept, source).context("of a pod that was deregistered")?;
+    scene.mesh.control.register(&scene.attacker)?;
+    scene.mesh.wait_synced()?;
+    good_one(&scene, &application)
+}
+
+/// Tries another connection on a tunnel; the server may refuse, or have hung up.
+fn expect_nothing_served(client: &mut Client, source: SocketAddr) -> Result<()> {
+    client.write_all(&[open(source), data(b"too late"), frame(5, &[])].concat()).ok();
+    let mut answer = Vec::new();
+    let mut buffer = [0; 512];
+    // A tunnel that has refused may stay open.
+    while !answer.starts_with(&[2]) && !answer.starts_with(&[6, 0, 0, 2]) {
+        match client.read(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(count) => answer.extend(&buffer[..count]),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => bail!("no answer: {answer:?}"),
+            Err(_) => return Ok(()),
+        }
+    }
+    ensure!(!answer.windows(4).any(|bytes| bytes == peer::ACCEPTED), "served: {answer:02x?}");
+    Ok(())
+}
+
+/// `timeouts.handshake` is for the header too: who has a certificate cannot hold tunnels either.
+#[test]
+fn tunnels_without_a_header_are_closed() -> Result<()> {
+    const GOAWAY: [u8; 3] = [6, 0, 0];
+    let scene = Scene::new("tunnels_without_a_header_are_closed", "timeouts: {handshake: 1s}")?;
+    let application = Application::start(&scene.server, PORT)?;
+    let (silent, source) = scene.tunnel(0)?;
+    let (mut slow, _) = scene.tunnel(0)?;
+    slow.write_all(&open(source)[..10])?;
+    for (what, mut client) in [("a silent one", silent), ("half a header", slow)] {
+        let mut rest = Vec::new();
+        if let Err(error) = client.read_to_end(&mut rest) {
+            ensure!(error.kind() != ErrorKind::WouldBlock, "{what} is still open");
+        }
+        ensure!(rest.is_empty() || rest == GOAWAY, "{what} was answered {rest:02x?}");
+    }
+    good_one(&scene, &application)
 }
 
 /// More handshakes that never end than the agent does at a time, and every connection of the
