@@ -106,18 +106,22 @@ fn single_bytes_pass_one_by_one() -> Result<()> {
 fn a_gibibyte_each_way_arrives_whole() -> Result<()> {
     let mut mesh = Mesh::new("a_gibibyte_each_way_arrives_whole")?;
     let (client, server) = (mesh.pod(0, "client")?, mesh.pod(1, "server")?);
-    let ends = pair(&client, &server, 0)?;
-    thread::scope(|scope| {
-        let jobs = [&ends.0, &ends.1]
-            .map(|end| (scope.spawn(move || send_bulk(end)), scope.spawn(move || hash_all(end))));
-        let [(sent_up, received_down), (sent_down, received_up)] = jobs;
-        for (sent, received) in [(sent_up, received_up), (sent_down, received_down)] {
-            let sent = sent.join().expect("the sender does not panic")?;
-            let received = received.join().expect("the receiver does not panic")?;
-            ensure!(sent == received, "the hashes differ");
-        }
-        Ok(())
-    })
+    for family in [0, 1] {
+        let ends = pair(&client, &server, family)?;
+        thread::scope(|scope| {
+            let jobs = [&ends.0, &ends.1].map(|end| {
+                (scope.spawn(move || send_bulk(end)), scope.spawn(move || hash_all(end)))
+            });
+            let [(sent_up, received_down), (sent_down, received_up)] = jobs;
+            for (sent, received) in [(sent_up, received_up), (sent_down, received_down)] {
+                let sent = sent.join().expect("the sender does not panic")?;
+                let received = received.join().expect("the receiver does not panic")?;
+                ensure!(sent == received, "the hashes differ");
+            }
+            Ok(())
+        })?;
+    }
+    Ok(())
 }
 
 fn send_bulk(mut stream: &TcpStream) -> Result<Vec<u8>> {
