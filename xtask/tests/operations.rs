@@ -73,7 +73,7 @@ fn exit_statuses_say_how_it_is() -> Result<()> {
         ensure!(code == 2 && text.contains("agent.sock"), "{arguments:?}: {code}, {text}");
     }
     // The control plane misses it, since it has a pod to serve.
-    wait_status(|| mesh.control.command(&["status"]), 1, "a")?;
+    wait_status(|| mesh.control.command(&["status"]), 1, "node a")?;
     let status = mesh.control.status()?;
     ensure!(status["nodes_without_agent"] == serde_json::json!(["a"]), "{status:#}");
     Ok(())
