@@ -207,7 +207,9 @@ impl PodSockets {
     /// Finds peers that are gone. Not by `TCP_USER_TIMEOUT`, which also ends the connection of a
     /// peer that answers but whose application does not read for a while.
     fn patience(&self, socket: &Socket) -> io::Result<()> {
-        let (time, interval) = (self.unacknowledged, self.unacknowledged / PROBES);
+        let seconds = |time: Duration| time.max(Duration::from_secs(1));
+        let (time, interval) =
+            (seconds(self.unacknowledged), seconds(self.unacknowledged / PROBES));
         let keepalive = TcpKeepalive::new().with_time(time).with_interval(interval);
         socket.set_tcp_keepalive(&keepalive.with_retries(PROBES))?;
         match limit_backoff(socket.as_fd(), self.unacknowledged / RETRANSMISSIONS) {
