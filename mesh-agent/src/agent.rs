@@ -61,7 +61,6 @@ pub fn run(config: Config) -> Result<()> {
         })?;
         let (source, pods) = DirectorySource::new(config.pods_dir.clone(), config.udp);
         let files = pods.clone();
-        let drain = CancellationToken::new();
         let node = Arc::new(Node {
             policy: Arc::new(config.policy()),
             datapath: Arc::new(datapath),
@@ -72,7 +71,7 @@ pub fn run(config: Config) -> Result<()> {
                 idle: config.timeouts.idle_tunnel,
             }),
             ledger: Ledger::open(&config.runtime_dir).context("opening the runtime directory")?,
-            drain: drain.clone(),
+            drain: CancellationToken::new(),
             unreadable_pods: Box::new(move || !files.problems().is_empty()),
             identity,
             config,
@@ -90,6 +89,8 @@ pub fn run(config: Config) -> Result<()> {
             inspect: manager.view(),
         });
         let (sender, receiver) = mpsc::channel(QUEUE);
+        let end = CancellationToken::new();
+        let ended = end.clone();
         let mut terminate = signal(SignalKind::terminate()).context("waiting for signals")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("waiting for signals")?;
         tokio::spawn(async move {
@@ -98,10 +99,10 @@ pub fn run(config: Config) -> Result<()> {
                 _ = interrupt.recv() => {}
             }
             tracing::info!("draining: no new connections");
-            drain.cancel();
+            ended.cancel();
         });
         tokio::select! {
-            managed = manager.run(receiver, events) => managed,
+            managed = manager.run(receiver, events, end) => managed,
             served = server.serve(admin) => served.context("serving the operator"),
             ended = source.run(sender) => ended.context("watching the pod files"),
         }

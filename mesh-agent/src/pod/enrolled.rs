@@ -226,6 +226,14 @@ impl Enrolled {
         Ok(())
     }
 
+    /// Has new connections of the pod's applications refused.
+    pub(super) fn refuse(&self, node: &Node) -> Result<()> {
+        self.state.listener_port.store(0, Ordering::Relaxed);
+        let inventory = self.state.guarded().inventory;
+        node.datapath.configure(self.state.cookie, &self.state.config(&inventory))?;
+        Ok(())
+    }
+
     /// Closes everything that the agent has in the pod; its connections are reset. The guards stay.
     pub(super) async fn close(self, node: &Node) -> Arc<Routing> {
         let Self { state, proxy, tasks, routing, spec, .. } = self;

@@ -111,7 +111,7 @@ impl Manager {
         Arc::clone(&self.view)
     }
 
-    /// Does what the source and the eBPF programs say, until the agent drains; then waits for open
+    /// Does what the source and the eBPF programs say, until the `end`; then waits for open
     /// connections to end, for as long as `timeouts.drain`.
     ///
     /// # Errors
@@ -121,15 +121,15 @@ impl Manager {
         mut self,
         mut pods: mpsc::Receiver<PodEvent>,
         mut events: Events,
+        end: CancellationToken,
     ) -> Result<()> {
-        let drain = self.node.drain.clone();
         let registry =
             tokio::spawn(purge_pool(self.node.identity.snapshots(), self.node.pool.clone()));
         let mut sweep = tokio::time::interval(SWEEP_INTERVAL);
         let result = loop {
             tokio::select! {
                 biased;
-                () = drain.cancelled() => break Ok(()),
+                () = end.cancelled() => break Ok(()),
                 event = events.next() => match event {
                     Ok(event) => self.look_after(event),
                     Err(error) => break Err(error.into()),
@@ -317,6 +317,13 @@ impl Manager {
     }
 
     async fn drain(self) {
+        // Their connect() is refused before the listeners go.
+        for pod in self.pods.values() {
+            if let Err(error) = pod.refuse(&self.node) {
+                tracing::warn!(pod = pod.spec.uid, "new connections may hang: {error:#}");
+            }
+        }
+        self.node.drain.cancel();
         let limit = self.node.config.timeouts.drain;
         let all = async {
             for pod in self.pods.values() {

@@ -12,6 +12,7 @@ use std::{
     hash::{DefaultHasher, Hash as _, Hasher as _},
     io,
     net::SocketAddr,
+    pin::pin,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant, SystemTime},
 };
@@ -38,6 +39,10 @@ use crate::{
 
 /// How long to wait before the next try when the agent is out of file descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// How long the listeners stay open when the agent drains: a `connect()` that was let through just
+/// before would hang without them.
+const LAST_CALL: Duration = Duration::from_millis(50);
 
 /// How often a pod's failed tunnels are worth a warning.
 const WARN_INTERVAL: Duration = Duration::from_secs(10);
@@ -85,11 +90,16 @@ pub struct PodProxy {
 impl PodProxy {
     /// Serves one of the pod's listeners until the agent drains or the pod goes.
     pub async fn serve(self: Arc<Self>, listener: TcpListener, facing: Facing) {
+        let closing = async {
+            self.drain.cancelled().await;
+            tokio::time::sleep(LAST_CALL).await;
+        };
+        let mut closing = pin!(closing);
         loop {
             let accepted = tokio::select! {
                 biased;
                 () = self.kill.cancelled() => return,
-                () = self.drain.cancelled() => return,
+                () = &mut closing => return,
                 accepted = listener.accept() => accepted,
             };
             match accepted {
