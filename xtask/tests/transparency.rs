@@ -11,7 +11,7 @@ use nix::libc::IPPROTO_MPTCP;
 use sha2::{Digest as _, Sha256};
 use socket2::{Domain, Protocol, Socket, Type};
 use xtask::lab::compare::{PORT, as_without_mesh, expect_end, expect_reset, pair};
-use xtask::lab::traffic::{accept, canonical, reset_on_close};
+use xtask::lab::traffic::{accept, canonical, reset_on_close, when_free};
 use xtask::lab::{Mesh, Netns, PATIENCE, until};
 
 /// A socket that is bound, if it should be, but not connected.
@@ -26,7 +26,7 @@ fn socket(
     socket.set_read_timeout(Some(PATIENCE))?;
     if let Some(own) = bind {
         socket.set_reuse_address(true)?;
-        socket.bind(&own.into())?;
+        when_free(|| socket.bind(&own.into()))?;
     }
     Ok(socket)
 }

@@ -9,7 +9,7 @@ use std::thread::{self, JoinHandle};
 use anyhow::{Context as _, Result, bail, ensure};
 use socket2::SockRef;
 
-use super::{Netns, PATIENCE};
+use super::{Netns, PATIENCE, until};
 
 /// A server in a namespace: a thread per connection. Dropping it closes its listener.
 #[derive(Debug)]
@@ -21,7 +21,7 @@ pub struct Server {
 impl Netns {
     /// Listens on a port of every address, IPv4 too.
     pub fn listen(&self, port: u16) -> Result<TcpListener> {
-        self.run(|| TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)))
+        self.run(|| when_free(|| TcpListener::bind((Ipv6Addr::UNSPECIFIED, port))))
             .with_context(|| format!("listening on port {port} in {}", self.name()))
     }
 
@@ -63,6 +63,16 @@ impl Netns {
             stream.shutdown(Shutdown::Write).ok();
         })
     }
+}
+
+/// Binds a socket, again and again while the address is in use: a child that another thread is just
+/// starting holds a copy of whatever was closed here, until it has become its program.
+pub fn when_free<T>(mut bind: impl FnMut() -> io::Result<T>) -> Result<T> {
+    until("the address to be free", || match bind() {
+        Err(error) if error.kind() == ErrorKind::AddrInUse => None,
+        result => Some(result),
+    })?
+    .map_err(Into::into)
 }
 
 impl Drop for Server {
