@@ -3,15 +3,26 @@
 
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use serde_json::Value;
+use aya::maps::{HashMap, Map, MapData, MapError};
+use mesh_common::abi::PodConfig;
 use xtask::lab::mesh::pods;
+use xtask::lab::raw::{PacketSocket, frame, gateway_address, tcp_packet};
 use xtask::lab::traffic::{accept, exchange};
-use xtask::lab::{Canary, Load, Mesh, Pod, until};
+use xtask::lab::{Canary, Capture, Load, Mesh, Netns, Pod, until};
 
 const PORT: u16 = 8080;
+const FAMILIES: [usize; 2] = [0, 1];
+
+/// For what the kernel answers without the agent: nobody waits for a timeout.
+const AT_ONCE: Duration = Duration::from_secs(1);
+
+/// For what shall take a second or two: with some slack, because other tests run on the machine.
+const SOON: Duration = Duration::from_secs(5);
 
 struct Pair {
     mesh: Mesh,
@@ -25,11 +36,73 @@ fn pair(title: &str) -> Result<Pair> {
     Ok(Pair { mesh, client, server })
 }
 
-fn connection(client: &Pod, server: &Pod) -> Result<(TcpStream, TcpStream)> {
+impl Pair {
+    /// Captures of what the client says: at its own loopback, and between the nodes.
+    fn captures(&self) -> Result<[Capture; 2]> {
+        Ok([self.mesh.lab.capture_loopback(&self.client)?, self.mesh.lab.capture()?])
+    }
+
+    /// What pods outside of this mesh say is on its wire for everybody to see.
+    fn expect_plain_load_on_the_wire(&mut self) -> Result<()> {
+        let plain = self.plain()?;
+        let load = Load::new(&plain[0], &plain[1], PORT)?;
+        let wire = self.mesh.lab.capture()?;
+        load.during(|| load.wait_for_successes(10))?;
+        let recording = wire.stop()?;
+        load.canaries().iter().try_for_each(|canary| recording.expect_present(canary))
+    }
+
+    /// The same of connections that stay open.
+    fn expect_plain_streams_on_the_wire(&mut self) -> Result<()> {
+        let plain = self.plain()?;
+        let wire = self.mesh.lab.capture()?;
+        let canaries = canaries();
+        for family in FAMILIES {
+            let (outgoing, incoming) = connection(&plain[0], &plain[1], family)?;
+            say(&outgoing, &incoming, &canaries[family])?;
+        }
+        let recording = wire.stop()?;
+        canaries.iter().try_for_each(|canary| recording.expect_present(canary))
+    }
+
+    fn plain(&mut self) -> Result<[Pod; 2]> {
+        Ok([self.mesh.plain_pod(0, "plain1")?, self.mesh.plain_pod(1, "plain2")?])
+    }
+}
+
+/// The client's loopback has every canary, the wire none.
+fn expect_inside_only(captures: [Capture; 2], canaries: &[Canary; 2]) -> Result<()> {
+    let [inside, wire] = captures.map(Capture::stop);
+    let (inside, wire) = (inside?, wire?);
+    for canary in canaries {
+        inside.expect_present(canary).context("in the pod")?;
+        wire.expect_absent(canary).context("on the wire")?;
+    }
+    Ok(())
+}
+
+/// One for each address family.
+fn canaries() -> [Canary; 2] {
+    [Canary::random(), Canary::random()]
+}
+
+fn connection(client: &Netns, server: &Pod, family: usize) -> Result<(TcpStream, TcpStream)> {
     let listener = server.listen(PORT + 1)?;
-    let outgoing = client.connect(server.sockets(PORT + 1)[0])?;
+    let outgoing = client.connect(server.sockets(PORT + 1)[family])?;
     let (incoming, _) = accept(&listener)?;
     Ok((outgoing, incoming))
+}
+
+fn say(mut from: &TcpStream, to: &TcpStream, canary: &Canary) -> Result<()> {
+    from.write_all(canary.bytes())?;
+    hear(to, canary)
+}
+
+fn hear(mut stream: &TcpStream, canary: &Canary) -> Result<()> {
+    let mut received = [0; 32];
+    stream.read_exact(&mut received)?;
+    ensure!(received == canary.bytes(), "something else arrived");
+    Ok(())
 }
 
 fn expect_error(mut stream: &TcpStream, expected: ErrorKind) -> Result<()> {
@@ -44,154 +117,362 @@ fn expect_error(mut stream: &TcpStream, expected: ErrorKind) -> Result<()> {
 
 #[test]
 fn without_its_agent_a_pod_is_refused_at_once() -> Result<()> {
-    let Pair { mut mesh, client, server } = pair("without_its_agent_a_pod_is_refused_at_once")?;
-    let _echo = server.echo(PORT)?;
-    let [v4, v6] = server.sockets(PORT);
+    let mut pair = pair("without_its_agent_a_pod_is_refused_at_once")?;
+    let _echo = pair.server.echo(PORT)?;
+    let [v4, v6] = pair.server.sockets(PORT);
     let IpAddr::V4(address) = v4.ip() else { bail!("the first address is IPv4") };
     let mapped = SocketAddr::new(address.to_ipv6_mapped().into(), PORT);
+    let canary = Canary::random();
     for address in [v4, v6, mapped] {
-        exchange(client.connect(address)?, b"with the agent")?;
+        exchange(pair.client.connect(address)?, canary.bytes())?;
     }
-    mesh.agents[0].kill9()?;
+    pair.mesh.agents[0].kill9()?;
+    let wire = pair.mesh.lab.capture()?;
     for address in [v4, v6, mapped] {
-        let Err(error) = client.connect(address) else { bail!("connected to {address}") };
-        ensure!(error.kind() == ErrorKind::ConnectionRefused, "{address}: {error}");
+        let begun = Instant::now();
+        match pair.client.connect(address) {
+            Ok(stream) => {
+                exchange(stream, canary.bytes()).ok();
+                bail!("connected to {address}");
+            }
+            Err(error) => {
+                ensure!(error.kind() == ErrorKind::ConnectionRefused, "{address}: {error}");
+            }
+        }
+        ensure!(begun.elapsed() < AT_ONCE, "{address}: refused after {:?}", begun.elapsed());
     }
-    Ok(())
+    // What does not ask the agent, with nobody there to repair or to count for it.
+    send_frame(&pair.mesh, &pair.client, &pair.server, &canary)?;
+    wire.stop()?.expect_absent(&canary)?;
+
+    pair.mesh.agents[0].start()?;
+    for (layer, reason, count) in [("connect", "agent-gone", 3), ("device", "plaintext", 1)] {
+        let dropped = pair.mesh.dropped(&pair.client, layer, reason)?;
+        ensure!(dropped == count, "{layer}, {reason}: {dropped} instead of {count}");
+    }
+
+    // The same outside of the mesh.
+    let plain = pair.plain()?;
+    let wire = pair.mesh.lab.capture()?;
+    send_frame(&pair.mesh, &plain[0], &plain[1], &canary)?;
+    wire.stop()?.expect_present(&canary)
+}
+
+/// Sends plaintext past every socket that the agent could capture.
+fn send_frame(mesh: &Mesh, from: &Pod, to: &Pod, canary: &Canary) -> Result<()> {
+    const IPV4: u16 = 0x0800;
+    let packet = tcp_packet(from.sockets(PORT)[0], to.sockets(PORT)[0], canary.bytes())?;
+    let socket = PacketSocket::open(from, "eth0", false)?;
+    socket.send(&frame(gateway_address(&mesh.nodes[0])?, &[], IPV4, &packet))
 }
 
 #[test]
 fn a_stream_cut_by_a_killed_agent_is_reset() -> Result<()> {
     for (victim, title) in [(0, "killed_at_the_client"), (1, "killed_at_the_server")] {
-        let Pair { mut mesh, client, server } = pair(title)?;
-        let (mut outgoing, mut incoming) = connection(&client, &server)?;
-        outgoing.write_all(b"half a mess")?;
-        incoming.read_exact(&mut [0; 11])?;
-        mesh.agents[victim].kill9()?;
-        expect_error(&outgoing, ErrorKind::ConnectionReset)
-            .with_context(|| format!("{title}: client"))?;
-        expect_error(&incoming, ErrorKind::ConnectionReset)
-            .with_context(|| format!("{title}: server"))?;
+        let mut pair = pair(title)?;
+        let canaries = canaries();
+        let captures = pair.captures()?;
+        let (client, server) = (&pair.client, &pair.server);
+        let open = || FAMILIES.map(|family| connection(client, server, family));
+        let (idle, up, down) = (open(), open(), open());
+        let heard = AtomicU64::new(0);
+        thread::scope(|scope| {
+            let mut ends = Vec::new();
+            for ((up, down), canary) in up.into_iter().zip(down).zip(&canaries) {
+                let ((up_from, up_to), (down_to, down_from)) = (up?, down?);
+                for (from, to) in [(up_from, up_to), (down_from, down_to)] {
+                    let heard = &heard;
+                    ends.push((
+                        scope.spawn(move || talk_on(from, canary)),
+                        scope.spawn(move || listen_on(to, heard)),
+                    ));
+                }
+            }
+            let idle = idle.into_iter().collect::<Result<Vec<_>>>()?;
+            for ((outgoing, incoming), canary) in idle.iter().zip(&canaries) {
+                say(outgoing, incoming, canary)?;
+            }
+            until("the streams to flow", || {
+                (heard.load(Ordering::Relaxed) > 100_000).then_some(())
+            })?;
+            pair.mesh.agents[victim].kill9()?;
+            for (outgoing, incoming) in &idle {
+                expect_error(outgoing, ErrorKind::ConnectionReset)
+                    .with_context(|| format!("{title}: client"))?;
+                expect_error(incoming, ErrorKind::ConnectionReset)
+                    .with_context(|| format!("{title}: server"))?;
+            }
+            for (from, to) in ends {
+                let [from, to] = [from, to].map(|end| end.join().expect("no end panics"));
+                ensure!(from == Some(ErrorKind::ConnectionReset), "{title}: sender: {from:?}");
+                ensure!(to == Some(ErrorKind::ConnectionReset), "{title}: receiver: {to:?}");
+            }
+            Ok(())
+        })?;
+        expect_inside_only(captures, &canaries)?;
+        pair.expect_plain_streams_on_the_wire()?;
     }
     Ok(())
 }
 
-#[test]
-fn killed_under_load_nothing_is_in_the_clear() -> Result<()> {
-    let Pair { mut mesh, client, server } = pair("killed_under_load_nothing_is_in_the_clear")?;
-    let load = Load::new(&client, &server, PORT)?;
-    let wire = mesh.lab.capture()?;
-    load.during(|| {
-        load.wait_for_successes(50)?;
-        for victim in [0, 1] {
-            mesh.agents[victim].kill9()?;
-            load.wait_for_failures(50)?;
-            mesh.agents[victim].start()?;
-            load.wait_for_successes(50)?;
+/// Sends without end; why it ended.
+fn talk_on(mut stream: TcpStream, canary: &Canary) -> Option<ErrorKind> {
+    loop {
+        if let Err(error) = stream.write_all(canary.bytes()) {
+            return Some(error.kind());
         }
-        Ok(())
-    })?;
-    wire.stop()?.expect_absent(load.canary())
+    }
+}
+
+/// Receives for as long as something comes; why it ended, nothing being a clean end.
+fn listen_on(mut stream: TcpStream, heard: &AtomicU64) -> Option<ErrorKind> {
+    let mut buffer = [0; 4096];
+    loop {
+        match stream.read(&mut buffer) {
+            Ok(0) => return None,
+            Ok(count) => heard.fetch_add(count as u64, Ordering::Relaxed),
+            Err(error) => return Some(error.kind()),
+        };
+    }
 }
 
 #[test]
-fn an_agent_comes_back_without_the_control_plane() -> Result<()> {
-    let Pair { mut mesh, client, server } = pair("an_agent_comes_back_without_the_control_plane")?;
-    let load = Load::new(&client, &server, PORT)?;
-    mesh.control.process().kill9()?;
-    let wire = mesh.lab.capture()?;
+fn killed_under_load_nothing_is_in_the_clear() -> Result<()> {
+    let mut pair = pair("killed_under_load_nothing_is_in_the_clear")?;
+    let load = Load::new(&pair.client, &pair.server, PORT)?;
+    let captures = pair.captures()?;
     load.during(|| {
         load.wait_for_successes(50)?;
         for victim in [0, 1] {
-            mesh.agents[victim].kill9()?;
-            mesh.agents[victim].start()?;
+            pair.mesh.agents[victim].kill9()?;
+            load.wait_for_failures(50)?;
+            pair.mesh.agents[victim].start()?;
             load.wait_for_successes(50)?;
         }
         Ok(())
     })?;
-    wire.stop()?.expect_absent(load.canary())
+    expect_inside_only(captures, load.canaries())?;
+    pair.expect_plain_load_on_the_wire()
+}
+
+#[test]
+fn restarted_under_load_without_the_control_plane() -> Result<()> {
+    let mut pair = pair("restarted_under_load_without_the_control_plane")?;
+    let load = Load::new(&pair.client, &pair.server, PORT)?;
+    pair.mesh.control.process().kill9()?;
+    let captures = pair.captures()?;
+    load.during(|| {
+        load.wait_for_successes(50)?;
+        for victim in [0, 1] {
+            pair.mesh.agents[victim].kill9()?;
+            let begun = Instant::now();
+            pair.mesh.agents[victim].start()?;
+            load.wait_for_successes(2)?;
+            ensure!(begun.elapsed() < SOON, "back after {:?}", begun.elapsed());
+            load.wait_for_successes(50)?;
+        }
+        Ok(())
+    })?;
+    expect_inside_only(captures, load.canaries())?;
+    pair.expect_plain_load_on_the_wire()
 }
 
 #[test]
 fn a_stopped_agent_makes_wait_and_goes_on() -> Result<()> {
-    let Pair { mesh, client, server } = pair("a_stopped_agent_makes_wait_and_goes_on")?;
-    let _echo = server.echo(PORT)?;
-    let canary = Canary::random();
-    let (mut outgoing, mut incoming) = connection(&client, &server)?;
-    let wire = mesh.lab.capture()?;
-    mesh.agents[0].stop()?;
-    let waiting = server.sockets(PORT).map(|address| {
-        let (client, canary) = (client.clone(), canary.clone());
-        thread::spawn(move || exchange(client.connect(address)?, canary.bytes()))
-    });
-    outgoing.write_all(canary.bytes())?;
-    incoming.set_read_timeout(Some(std::time::Duration::from_millis(200)))?;
-    expect_error(&incoming, ErrorKind::WouldBlock)?;
-    for thread in &waiting {
-        ensure!(!thread.is_finished(), "answered without an agent");
+    for (victim, title) in [(0, "stopped_at_the_client"), (1, "stopped_at_the_server")] {
+        let mut pair = pair(title)?;
+        let _echo = pair.server.echo(PORT)?;
+        let canaries = canaries();
+        let streams = FAMILIES.map(|family| connection(&pair.client, &pair.server, family));
+        let streams = streams.into_iter().collect::<Result<Vec<_>>>()?;
+        let captures = pair.captures()?;
+        pair.mesh.agents[victim].stop()?;
+        let waiting = FAMILIES.map(|family| {
+            let (client, canary) = (pair.client.clone(), canaries[family].clone());
+            let address = pair.server.sockets(PORT)[family];
+            thread::spawn(move || exchange(client.connect(address)?, canary.bytes()))
+        });
+        for ((outgoing, incoming), canary) in streams.iter().zip(&canaries) {
+            let mut outgoing = outgoing;
+            outgoing.write_all(canary.bytes())?;
+            incoming.set_read_timeout(Some(Duration::from_millis(200)))?;
+            expect_error(incoming, ErrorKind::WouldBlock).context(title)?;
+            incoming.set_read_timeout(Some(xtask::lab::PATIENCE))?;
+        }
+        for thread in &waiting {
+            ensure!(!thread.is_finished(), "{title}: answered without an agent");
+        }
+        pair.mesh.agents[victim].cont()?;
+        for thread in waiting {
+            thread.join().expect("the client does not panic").context(title)?;
+        }
+        for ((_, incoming), canary) in streams.iter().zip(&canaries) {
+            hear(incoming, canary).context("what was sent meanwhile arrives")?;
+        }
+        expect_inside_only(captures, &canaries)?;
+        pair.expect_plain_streams_on_the_wire()?;
     }
-    mesh.agents[0].cont()?;
-    for thread in waiting {
-        thread.join().expect("the client does not panic")?;
-    }
-    incoming.set_read_timeout(Some(xtask::lab::PATIENCE))?;
-    let mut received = [0; 32];
-    incoming.read_exact(&mut received)?;
-    ensure!(received == canary.bytes(), "what was sent meanwhile arrives");
-    wire.stop()?.expect_absent(&canary)
+    Ok(())
 }
 
 #[test]
 fn connections_from_before_the_enrolment_are_aborted() -> Result<()> {
     let mut mesh = Mesh::new("connections_from_before_the_enrolment_are_aborted")?;
-    let (client, server) = (mesh.plain_pod(0, "client")?, mesh.plain_pod(1, "server")?);
-    let (mut outgoing, mut incoming) = connection(&client, &server)?;
-    outgoing.write_all(b"before")?;
-    incoming.read_exact(&mut [0; 6])?;
-    mesh.enroll(&client)?;
-    expect_error(&outgoing, ErrorKind::ConnectionAborted)?;
-    let entry = status_of(&mesh, &client)?;
-    ensure!(entry["aborted"].as_u64() >= Some(1), "not counted: {entry:#}");
+    let outside = mesh.lab.outside()?;
+    for family in FAMILIES {
+        let client = mesh.plain_pod(0, &format!("client{family}"))?;
+        let server = mesh.plain_pod(1, &format!("server{family}"))?;
+        // The pod that is enrolled opened the first, and was dialled for the second.
+        for (client, pod) in [(&*client, &client), (&outside, &server)] {
+            let (outgoing, incoming) = connection(client, &server, family)?;
+            let ends = [&outgoing, &incoming];
+            let canary = Canary::random();
+            let wire = mesh.lab.capture()?;
+            say(&outgoing, &incoming, &canary)?;
+            say(&incoming, &outgoing, &canary)?;
+            wire.stop()?.expect_present(&canary)?;
+
+            mesh.enroll(pod)?;
+            let canary = Canary::random();
+            let wire = mesh.lab.capture()?;
+            let (own, other) = if pod.pod_name() == server.pod_name() {
+                (&incoming, &outgoing)
+            } else {
+                (&outgoing, &incoming)
+            };
+            expect_error(own, ErrorKind::ConnectionAborted).context("at the enrolled pod")?;
+            expect_error(other, ErrorKind::ConnectionReset).context("at the other end")?;
+            for mut end in ends {
+                ensure!(end.write_all(canary.bytes()).is_err(), "the connection is still there");
+            }
+            wire.stop()?.expect_absent(&canary)?;
+            let entry = mesh.status_of(pod)?;
+            ensure!(entry["aborted"].as_u64() == Some(1), "not counted: {entry:#}");
+        }
+    }
     Ok(())
 }
 
-fn status_of(mesh: &Mesh, pod: &Pod) -> Result<Value> {
-    let status = mesh.agent_of(pod)?.status()?;
-    let entry = pods(&status).find(|entry| entry["uid"] == *pod.uid()).cloned();
-    entry.context("the status does not list the pod")
+/// Something done to what the capture rests on in a pod.
+struct Damage {
+    /// For a shell in the pod.
+    script: String,
+    /// Whether it leads captured packets past the agent.
+    diverts: bool,
+}
+
+/// What a pod can do to its own capture; `peer` is whom it talks to.
+fn damages(pod: &Pod, peer: &Pod) -> Result<Vec<Damage>> {
+    let (preference, table) = capture_rule(pod)?;
+    let mut damages: Vec<Damage> =
+        ["ipv4/tcp_fwmark_accept", "ipv4/fwmark_reflect", "ipv6/fwmark_reflect"]
+            .map(|name| Damage { script: format!("echo 0 > /proc/sys/net/{name}"), diverts: false })
+            .into();
+    for (family, ip) in FAMILIES.into_iter().zip(["ip -4", "ip -6"]) {
+        let (to, gateway) = (peer.addresses()[family], pod.gateways()[family]);
+        damages.extend(
+            [
+                format!("{ip} rule del pref {preference}"),
+                format!("{ip} rule add pref 0 lookup main"),
+                format!("{ip} route flush table {table}"),
+                format!("{ip} route add {to} via {gateway} dev eth0 table {table}"),
+            ]
+            .map(|script| Damage { script, diverts: true }),
+        );
+    }
+    Ok(damages)
+}
+
+impl Damage {
+    fn inflict(&self, pod: &Pod) -> Result<()> {
+        pod.output("sh", &["-c", &self.script])?;
+        Ok(())
+    }
+}
+
+/// Waits until a pod looks as it did before it was damaged.
+fn wait_repaired(pod: &Pod, intact: &str) -> Result<()> {
+    let begun = Instant::now();
+    until("the damage to be repaired", || (routing(pod).ok()? == intact).then_some(()))?;
+    ensure!(begun.elapsed() < SOON, "repaired after {:?}", begun.elapsed());
+    Ok(())
 }
 
 #[test]
 fn tampering_inside_the_pod_is_repaired() -> Result<()> {
-    let Pair { mesh, client, server } = pair("tampering_inside_the_pod_is_repaired")?;
-    let _echo = server.echo(PORT)?;
-    let intact = routing(&client)?;
-    let (preference, table) = capture_rule(&client)?;
-    let canary = Canary::random();
-    let wire = mesh.lab.capture()?;
-    for family in ["-4", "-6"] {
-        for damage in
-            [&["rule", "del", "pref", &preference][..], &["route", "flush", "table", &table]]
-        {
-            client.output("ip", &[&[family], damage].concat())?;
-            until("the damage to be repaired", || (routing(&client).ok()? == intact).then_some(()))
-                .with_context(|| format!("ip {family} {}", damage.join(" ")))?;
+    let mut pair = pair("tampering_inside_the_pod_is_repaired")?;
+    let load = Load::new(&pair.client, &pair.server, PORT)?;
+    let captures = pair.captures()?;
+    load.during(|| {
+        for (pod, peer) in [(&pair.client, &pair.server), (&pair.server, &pair.client)] {
+            let intact = routing(pod)?;
+            let damages = damages(pod, peer)?;
+            for damage in &damages {
+                damage.inflict(pod)?;
+                wait_repaired(pod, &intact)
+                    .and_then(|()| load.wait_for_successes(2))
+                    .with_context(|| format!("{}: {}", pod.pod_name(), damage.script))?;
+            }
+            let entry = pair.mesh.status_of(pod)?;
+            let repairs = entry["repairs"].as_u64();
+            ensure!(repairs >= Some(damages.len() as u64), "not counted: {entry:#}");
+        }
+        Ok(())
+    })?;
+    expect_inside_only(captures, load.canaries())?;
+    pair.expect_plain_load_on_the_wire()
+}
+
+/// The agent is stopped, so that the damage lasts while the pod talks over a connection that was
+/// open before. The guard is what is left.
+#[test]
+fn tampering_that_nobody_repairs_leads_nowhere() -> Result<()> {
+    let mut pair = pair("tampering_that_nobody_repairs_leads_nowhere")?;
+    let streams = FAMILIES.map(|family| connection(&pair.client, &pair.server, family));
+    let streams = streams.into_iter().collect::<Result<Vec<_>>>()?;
+    let dropped = |pod: &Pod| pair.mesh.dropped(pod, "cgroup", "plaintext");
+    let canaries = canaries();
+    let captures = pair.captures()?;
+    for (victim, (pod, peer)) in
+        [(&pair.client, &pair.server), (&pair.server, &pair.client)].into_iter().enumerate()
+    {
+        let intact = routing(pod)?;
+        let agent = &pair.mesh.agents[victim];
+        let mut damages = damages(pod, peer)?;
+        let (preference, _) = capture_rule(pod)?;
+        damages.extend(["ip -4", "ip -6"].map(|ip| {
+            let rule = format!("{ip} rule del pref {preference}");
+            let script = format!("{rule}; {ip} rule add pref {preference} lookup main");
+            Damage { script, diverts: true }
+        }));
+        for damage in damages {
+            let what = || format!("{}: {}", pod.pod_name(), damage.script);
+            let before = dropped(pod)?;
+            agent.stop()?;
+            damage.inflict(pod)?;
+            for (stream, canary) in streams.iter().zip(&canaries) {
+                let mut own = [&stream.0, &stream.1][victim];
+                own.write_all(canary.bytes()).with_context(what)?;
+            }
+            agent.cont()?;
+            wait_repaired(pod, &intact).with_context(what)?;
+            for (stream, canary) in streams.iter().zip(&canaries) {
+                hear([&stream.1, &stream.0][victim], canary).with_context(what)?;
+            }
+            let grown = dropped(pod)? > before;
+            ensure!(grown == damage.diverts, "{}: did the guard drop: {grown}", what());
         }
     }
-    client.sysctl("net/ipv4/tcp_fwmark_accept", "0")?;
-    until("the sysctl to be put back", || (routing(&client).ok()? == intact).then_some(()))?;
-    for address in server.sockets(PORT) {
-        exchange(client.connect(address)?, canary.bytes())?;
-    }
-    wire.stop()?.expect_absent(&canary)?;
-    let entry = status_of(&mesh, &client)?;
-    ensure!(entry["repairs"].as_u64() >= Some(5), "not counted: {entry:#}");
-    Ok(())
+    expect_inside_only(captures, &canaries)?;
+    pair.expect_plain_streams_on_the_wire()
 }
 
 /// Everything that the agent configures in a pod.
 fn routing(pod: &Pod) -> Result<String> {
-    let mut listing = pod.sysctl_value("net/ipv4/tcp_fwmark_accept")?;
+    let mut listing = String::new();
+    for name in ["ipv4/tcp_fwmark_accept", "ipv4/fwmark_reflect", "ipv6/fwmark_reflect"] {
+        listing += &pod.sysctl_value(&format!("net/{name}"))?;
+    }
     for family in ["-4", "-6"] {
         listing += &pod.output("ip", &[family, "rule"])?;
         listing += &pod.output("ip", &[family, "route", "show", "table", "all"])?;
@@ -206,6 +487,59 @@ fn capture_rule(pod: &Pod) -> Result<(String, String)> {
     let (preference, _) = rule.split_once(':').context("a rule begins with its preference")?;
     let table = rule.split_whitespace().skip_while(|word| *word != "lookup").nth(1);
     Ok((preference.to_owned(), table.context("the rule selects no table")?.to_owned()))
+}
+
+/// Entries of namespaces that do not exist are as good as pods.
+#[test]
+fn with_a_full_map_no_pod_is_half_enrolled() -> Result<()> {
+    let mut mesh = Mesh::new("with_a_full_map_no_pod_is_half_enrolled")?;
+    let (client, late) = (mesh.pod(0, "client")?, mesh.plain_pod(0, "late")?);
+    let (server, target) = (mesh.pod(1, "server")?, mesh.plain_pod(1, "target")?);
+    let _echoes = (server.echo(PORT)?, target.echo(PORT)?);
+    let untouched = routing(&late)?;
+
+    let pin = mesh.agents[0].bpffs().join("nodemesh/v1/maps/PODS");
+    let map = Map::HashMap(MapData::from_pin(pin)?);
+    let mut entries: HashMap<_, u64, PodConfig> = map.try_into()?;
+    let cookie = entries.keys().next().context("a pod is enrolled")??;
+    let config = entries.get(&cookie, 0)?;
+    let mut strangers = (0..u64::MAX).map(|number| u64::MAX - number);
+    let full = strangers.find_map(|cookie| entries.insert(cookie, config, 0).err());
+    ensure!(matches!(full, Some(MapError::SyscallError(_))), "the map takes no more: {full:?}");
+
+    let Err(error) = mesh.enroll(&late) else { bail!("enrolled into a full map") };
+    ensure!(format!("{error:#}").contains("4096"), "does not name the limit: {error:#}");
+    ensure!(routing(&late)? == untouched, "the pod was changed: {}", routing(&late)?);
+    ensure!(pods(&mesh.agents[0].status()?).count() == 1, "the pod counts as enrolled");
+
+    // Who is enrolled is as well off as before, and the other one as badly.
+    let canaries = canaries();
+    for (pod, peer, canary, escapes) in
+        [(&client, &server, &canaries[0], false), (&late, &target, &canaries[1], true)]
+    {
+        let wire = mesh.lab.capture()?;
+        for address in peer.sockets(PORT) {
+            exchange(pod.connect(address)?, canary.bytes())?;
+        }
+        send_frame(&mesh, pod, &target, canary)?;
+        let recording = wire.stop()?;
+        if escapes {
+            recording.expect_present(canary)?;
+        } else {
+            recording.expect_absent(canary)?;
+        }
+    }
+    ensure!(mesh.dropped(&client, "device", "plaintext")? == 1, "not counted");
+
+    // It was the map and nothing else.
+    entries.remove(&u64::MAX)?;
+    mesh.agents[0].enroll(&late)?;
+    mesh.wait_certified(&late)?;
+    let canary = Canary::random();
+    let wire = mesh.lab.capture()?;
+    send_frame(&mesh, &late, &target, &canary)?;
+    exchange(late.connect(server.sockets(PORT)[0])?, canary.bytes())?;
+    wire.stop()?.expect_absent(&canary)
 }
 
 #[test]
@@ -226,6 +560,7 @@ fn an_uninstalled_agent_leaves_nothing() -> Result<()> {
             }
         } else {
             for agent in &mut mesh.agents {
+                ensure!(std::fs::read_dir(agent.bpffs())?.count() > 0, "nothing was pinned");
                 agent.terminate()?;
                 agent.uninstall()?;
                 let pins = std::fs::read_dir(agent.bpffs())?.count();

@@ -15,10 +15,10 @@ use super::{Canary, Pod, Server, until};
 pub struct Load {
     client: Pod,
     addresses: [SocketAddr; 2],
-    canary: Canary,
+    canaries: [Canary; 2],
     stop: AtomicBool,
-    succeeded: AtomicU64,
-    failed: AtomicU64,
+    succeeded: [AtomicU64; 2],
+    failed: [AtomicU64; 2],
     first_failure: Mutex<Option<String>>,
     _echo: Server,
 }
@@ -29,18 +29,18 @@ impl Load {
         Ok(Self {
             client: client.clone(),
             addresses: server.sockets(port),
-            canary: Canary::random(),
+            canaries: [Canary::random(), Canary::random()],
             stop: AtomicBool::new(false),
-            succeeded: AtomicU64::new(0),
-            failed: AtomicU64::new(0),
+            succeeded: Default::default(),
+            failed: Default::default(),
             first_failure: Mutex::new(None),
             _echo: server.echo(port)?,
         })
     }
 
-    /// What every connection carries.
-    pub fn canary(&self) -> &Canary {
-        &self.canary
+    /// What every connection of an address family carries.
+    pub fn canaries(&self) -> &[Canary; 2] {
+        &self.canaries
     }
 
     /// Runs `work` while the client talks.
@@ -48,10 +48,10 @@ impl Load {
         self.stop.store(false, Ordering::Relaxed);
         thread::scope(|scope| {
             let _stop = Stop(&self.stop);
-            for address in self.addresses {
+            for family in [0, 1] {
                 scope.spawn(move || {
                     while !self.stop.load(Ordering::Relaxed) {
-                        self.count(address);
+                        self.count(family);
                     }
                 });
             }
@@ -59,35 +59,38 @@ impl Load {
         })
     }
 
-    fn count(&self, address: SocketAddr) {
-        let connect = || exchange(self.client.connect(address)?, self.canary.bytes());
+    fn count(&self, family: usize) {
+        let (address, canary) = (self.addresses[family], &self.canaries[family]);
+        let connect = || exchange(self.client.connect(address)?, canary.bytes());
         let Err(error) = connect() else {
-            self.succeeded.fetch_add(1, Ordering::Relaxed);
+            self.succeeded[family].fetch_add(1, Ordering::Relaxed);
             return;
         };
-        self.failed.fetch_add(1, Ordering::Relaxed);
+        self.failed[family].fetch_add(1, Ordering::Relaxed);
         let mut first = self.first_failure.lock().unwrap_or_else(PoisonError::into_inner);
         first.get_or_insert_with(|| format!("to {address}: {error:#}"));
     }
 
-    /// Waits for that many more successes.
+    /// Waits for that many more successes of each address family.
     pub fn wait_for_successes(&self, more: u64) -> Result<()> {
         wait("the load to succeed", &self.succeeded, more)
     }
 
-    /// Waits for that many more failures.
+    /// Waits for that many more failures of each address family.
     pub fn wait_for_failures(&self, more: u64) -> Result<()> {
         wait("the load to fail", &self.failed, more)
     }
 
     /// Fails if any connection has failed.
     pub fn expect_no_failures(&self) -> Result<()> {
-        let (failed, succeeded) =
-            (self.failed.load(Ordering::Relaxed), self.succeeded.load(Ordering::Relaxed));
+        let [failed, succeeded] = [&self.failed, &self.succeeded].map(counts);
         let first = self.first_failure.lock().unwrap_or_else(PoisonError::into_inner);
         let first = first.as_deref().unwrap_or_default();
-        ensure!(failed == 0, "{failed} connections failed, {succeeded} succeeded; first {first}");
-        ensure!(succeeded > 0, "no connection was made at all");
+        ensure!(
+            failed == [0, 0],
+            "IPv4 and IPv6: {failed:?} connections failed, {succeeded:?} succeeded; first {first}"
+        );
+        ensure!(!succeeded.contains(&0), "no connection was made at all: {succeeded:?}");
         Ok(())
     }
 }
@@ -101,7 +104,14 @@ impl Drop for Stop<'_> {
     }
 }
 
-fn wait(what: &str, counter: &AtomicU64, more: u64) -> Result<()> {
-    let goal = counter.load(Ordering::Relaxed) + more;
-    until(what, || (counter.load(Ordering::Relaxed) >= goal).then_some(()))
+fn counts(counters: &[AtomicU64; 2]) -> [u64; 2] {
+    counters.each_ref().map(|counter| counter.load(Ordering::Relaxed))
+}
+
+fn wait(what: &str, counters: &[AtomicU64; 2], more: u64) -> Result<()> {
+    let goals = counts(counters).map(|count| count + more);
+    until(what, || {
+        let reached = counts(counters).iter().zip(goals).all(|(count, goal)| *count >= goal);
+        reached.then_some(())
+    })
 }

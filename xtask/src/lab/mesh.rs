@@ -1,5 +1,7 @@
 //! A laboratory with the mesh in it: a control plane, nodes with their agents, pods.
 
+use std::collections::BTreeMap;
+
 use anyhow::{Context as _, Result};
 use serde_json::Value;
 
@@ -98,6 +100,33 @@ impl Mesh {
             let entry = pods(&status).find(|entry| entry["uid"] == *pod.uid())?;
             entry["certificate"]["serial"].is_string().then_some(())
         })
+    }
+
+    /// What the agent of a pod says about it.
+    pub fn status_of(&self, pod: &Pod) -> Result<Value> {
+        let status = self.agent_of(pod)?.status()?;
+        let entry = pods(&status).find(|entry| entry["uid"] == *pod.uid()).cloned();
+        entry.context("the status does not list the pod")
+    }
+
+    /// What the guard has dropped of a pod: how many, by layer and reason.
+    pub fn drops(&self, pod: &Pod) -> Result<BTreeMap<(String, String), u64>> {
+        let status = self.status_of(pod)?;
+        let text = |value: &Value| Some(value.as_str()?.to_owned());
+        let drops = status["drops"].as_array().context("the status counts no drops")?.iter();
+        drops
+            .map(|entry| {
+                let key = (text(&entry["layer"])?, text(&entry["reason"])?);
+                Some((key, entry["count"].as_u64()?))
+            })
+            .collect::<Option<_>>()
+            .context("a drop has a layer, a reason and a count")
+    }
+
+    /// How often the guard has dropped something of a pod at this layer for this reason.
+    pub fn dropped(&self, pod: &Pod, layer: &str, reason: &str) -> Result<u64> {
+        let key = (layer.to_owned(), reason.to_owned());
+        Ok(self.drops(pod)?.remove(&key).unwrap_or(0))
     }
 
     /// How many connections of a kind, `mtls` or `plaintext`, an agent has let through.

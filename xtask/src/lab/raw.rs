@@ -12,7 +12,7 @@ use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use super::{Netns, Node};
 
 const TCP: u8 = 6;
-const DESTINATION_OPTIONS: u8 = 60;
+const FRAGMENT: u8 = 44;
 
 /// A packet(7) socket on one device.
 #[derive(Debug)]
@@ -70,11 +70,15 @@ impl PacketSocket {
     }
 }
 
-/// Sends an IP packet through a raw socket. That a guard drops it is no error.
-pub fn send_packet(netns: &Netns, to: IpAddr, packet: &[u8]) -> Result<()> {
+/// Sends an IP packet, header and all, through a raw socket of this protocol. That a guard drops
+/// it is no error.
+pub fn send_packet(netns: &Netns, protocol: i32, to: IpAddr, packet: &[u8]) -> Result<()> {
     let domain = if to.is_ipv4() { Domain::IPV4 } else { Domain::IPV6 };
-    let raw = Protocol::from(libc::IPPROTO_RAW);
-    let socket = netns.run(|| Socket::new(domain, Type::RAW, Some(raw)))?;
+    let socket = netns.run(|| Socket::new(domain, Type::RAW, Some(Protocol::from(protocol))))?;
+    match to {
+        IpAddr::V4(_) => socket.set_header_included_v4(true)?,
+        IpAddr::V6(_) => socket.set_header_included_v6(true)?,
+    }
     match socket.send_to(packet, &SocketAddr::new(to, 0).into()) {
         Ok(_) => Ok(()),
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
@@ -119,20 +123,29 @@ pub fn tcp_packet(from: SocketAddr, to: SocketAddr, payload: &[u8]) -> Result<Ve
     }
 }
 
-/// The same behind IPv6 destination options.
-pub fn tcp_behind_options(
-    source: Ipv6Addr,
-    destination: Ipv6Addr,
-    port: u16,
+/// The same behind IPv6 extension headers, 8 bytes each.
+pub fn tcp_behind(
+    headers: &[u8],
+    from: SocketAddr,
+    to: SocketAddr,
     payload: &[u8],
 ) -> Result<Vec<u8>> {
-    let (from, to) = ((source, port).into(), (destination, port).into());
-    let segment = tcp_segment(from, to, payload);
-    // The next header, 8 bytes in all, PadN of 4.
-    let options = vec![TCP, 0, 1, 4, 0, 0, 0, 0];
-    let length = options.len() + segment.len();
-    let header = ipv6_header(source, destination, DESTINATION_OPTIONS, length)?;
-    Ok([header, options, segment].concat())
+    let (IpAddr::V6(source), IpAddr::V6(destination)) = (from.ip(), to.ip()) else {
+        bail!("IPv4 has no extension headers");
+    };
+    let mut body = tcp_segment(from, to, payload);
+    let mut next = TCP;
+    for header in headers.iter().rev() {
+        let bytes = match *header {
+            // The first of several; the others never come.
+            FRAGMENT => [next, 0, 0, 1, 0, 0, 0, 7],
+            // Among options this is PadN of 4.
+            _ => [next, 0, 1, 4, 0, 0, 0, 0],
+        };
+        body.splice(..0, bytes);
+        next = *header;
+    }
+    Ok([ipv6_header(source, destination, next, body.len())?, body].concat())
 }
 
 fn ipv4_header(source: Ipv4Addr, destination: Ipv4Addr, payload: usize) -> Result<Vec<u8>> {
