@@ -3,7 +3,7 @@
 //! count what it stopped: else something that has nothing to do with the guard passes for it.
 
 use std::io::{Read as _, Write as _};
-use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -11,7 +11,7 @@ use nix::libc::{IPPROTO_RAW, IPPROTO_TCP};
 use socket2::{Domain, SockRef, Socket, Type};
 use xtask::lab::raw::{self, PacketSocket, frame, tcp_packet};
 use xtask::lab::traffic::{exchange, reset_on_close};
-use xtask::lab::{Canary, Mesh, Netns, Pod, Server};
+use xtask::lab::{Canary, Mesh, Netns, Pod, Server, until};
 
 const PORT: u16 = 8080;
 const FAMILIES: [usize; 2] = [0, 1];
@@ -55,9 +55,14 @@ impl Range {
         let bystander = mesh.plain_pod(0, "bystander")?;
         let pods = [mesh.plain_pod(0, "plain")?, mesh.pod(0, "enrolled")?];
         let echo = target.echo(PORT)?;
-        // The nodes find each other now: what they hold back until then would miss the capture.
+        // Who has not found his neighbour yet holds packets back, which nobody would see in time.
         for address in target.sockets(PORT) {
             exchange(bystander.connect(address)?, b"hello")?;
+        }
+        for pod in &pods {
+            for gateway in pod.gateways() {
+                meet(pod, gateway)?;
+            }
         }
         Ok(Self { mesh, pods, target, bystander, _echo: echo })
     }
@@ -114,6 +119,17 @@ impl Attack<'_> {
         let frame = frame(gateway, &[], ETHERTYPES[self.family], packet);
         PacketSocket::open(self.pod, "eth0", bypass)?.send(&frame)
     }
+}
+
+/// Waits until a pod knows the hardware address of a neighbour.
+fn meet(pod: &Pod, neighbour: IpAddr) -> Result<()> {
+    const DISCARD: u16 = 9;
+    until("the neighbour to be known", || {
+        let unspecified = if neighbour.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+        pod.run(|| UdpSocket::bind(unspecified)?.send_to(b"hello", (neighbour, DISCARD))).ok()?;
+        let known = pod.output("ip", &["neigh", "show", "to", &neighbour.to_string()]).ok()?;
+        known.contains("lladdr").then_some(())
+    })
 }
 
 /// Sends the canary over a connection that may be refused, or hang, or be reset: all of that is
@@ -395,23 +411,33 @@ fn loopback_duplicated_to_the_device() -> Result<()> {
     for family in FAMILIES {
         let nft = ["ip", "ip6"][family];
         let mut range = Range::new(&format!("loopback_duplicated_to_the_device-{family}"))?;
+        let meshed = range.mesh.pod(1, "meshed")?;
+        let _echo = meshed.echo(PORT)?;
         range.attack(family, &[BY_DEVICE], |attack| {
-            let (to, gateway) = (attack.to(), attack.pod.gateways()[family]);
+            let server = if attack.enrolled { &meshed } else { attack.target };
+            let (to, gateway) = (server.sockets(PORT)[family], attack.pod.gateways()[family]);
             let duplicate = format!(
                 "add table {nft} steal; \
                  add chain {nft} steal out {{ type filter hook output priority 0; }}; \
                  add rule {nft} steal out oifname lo tcp dport {PORT} dup to {gateway} device eth0"
             );
             attack.pod.output("nft", &[&duplicate])?;
-            let _listener = attack.pod.listen(PORT)?;
+            let _echo = attack.pod.echo(PORT)?;
             if !attack.enrolled {
                 // Without the source it would be the destination, which no router believes.
                 let own = attack.pod.addresses()[family];
                 attack.pod.ip(&[format!("route add local {} dev lo src {own}", to.ip())])?;
+                // The true server answers what it gets of it, and disturbs.
+                let quiet = format!(
+                    "add chain {nft} steal in {{ type filter hook input priority 0; }}; \
+                     add rule {nft} steal in iifname eth0 tcp sport {PORT} drop"
+                );
+                attack.pod.output("nft", &[&quiet])?;
             }
+            let inside = attack.mesh.lab.capture_loopback(attack.pod)?;
             let socket = tcp_socket(attack.pod, to)?;
-            say_canary(attack.pod, &socket, to, attack.canary).ok();
-            Ok(())
+            say_canary(attack.pod, &socket, to, attack.canary)?;
+            inside.stop()?.expect_present(attack.canary)
         })?;
     }
     Ok(())
