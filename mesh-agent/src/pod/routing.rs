@@ -4,7 +4,12 @@
 //! [`Routing::ensure`] compares before it writes, so that its own changes do not look like others'.
 #![expect(clippy::wildcard_enum_match_arm, reason = "foreign enums that grow")]
 
-use std::{fs, io, net::IpAddr, sync::Arc, time::Duration};
+use std::{
+    fs, io,
+    net::{IpAddr, Ipv6Addr},
+    sync::Arc,
+    time::Duration,
+};
 
 use futures::{StreamExt as _, TryStreamExt as _};
 use mesh_common::abi::{CAPTURE_MARK, CAPTURE_RULE_PRIORITY, CAPTURE_TABLE};
@@ -20,6 +25,9 @@ use tokio_util::task::AbortOnDropHandle;
 use super::{inventory::Inventory, netns::Netns};
 
 pub(super) const LOOPBACK_IFINDEX: u32 = 1;
+
+/// An address that is nobody's: of those to discard, RFC 6666.
+const NOBODY: Ipv6Addr = Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0, 1);
 
 /// How long the kernel may take to answer. It loses an answer only if it is out of memory.
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
@@ -165,10 +173,26 @@ impl Routing {
         for version in [IpVersion::V4, IpVersion::V6] {
             // Without an address nothing of this family can be dialled.
             let Some(source) = inventory.source(version == IpVersion::V4) else { continue };
-            changed += self.ensure_route(version.clone(), source).await?;
-            changed += self.ensure_rule(version).await?;
+            let put_back = self.ensure_route(version.clone(), source).await?
+                + self.ensure_rule(version.clone()).await?;
+            if put_back > 0 && version == IpVersion::V6 {
+                self.forget_old_routes().await?;
+            }
+            changed += put_back;
         }
         Ok(changed)
+    }
+
+    /// Has open IPv6 sockets look for their route anew. IPv4's do with every change of a table or a
+    /// rule; IPv6's only if it concerns the very route that they found meanwhile, or when an address
+    /// comes or goes.
+    async fn forget_old_routes(&self) -> Result<(), RoutingError> {
+        let what = "having IPv6 sockets look for their routes";
+        let addresses = self.handle.address();
+        let mut addition = addresses.add(LOOPBACK_IFINDEX, IpAddr::V6(NOBODY), 128).replace();
+        let address = addition.message_mut().clone();
+        answered(what, addition.execute()).await?;
+        answered(what, addresses.del(address).execute()).await
     }
 
     fn ensure_settings(&self) -> Result<u32, RoutingError> {
@@ -312,7 +336,7 @@ fn capture_route(source: IpAddr) -> RouteMessage {
     }
     match source {
         IpAddr::V4(source) => route!(std::net::Ipv4Addr, source),
-        IpAddr::V6(source) => route!(std::net::Ipv6Addr, source),
+        IpAddr::V6(source) => route!(Ipv6Addr, source),
     }
 }
 
