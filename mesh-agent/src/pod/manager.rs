@@ -354,8 +354,7 @@ pub async fn uninstall(config: &Config) -> Result<()> {
     for entry in ledger.entries().context("reading the runtime directory")? {
         // With its namespace, a pod's rules and routes are gone.
         let Some(netns) = still_there(&entry) else { continue };
-        let removed =
-            async { Ok::<_, RoutingError>(Routing::connect(Arc::new(netns))?.remove().await?) };
+        let removed = async { Routing::connect(Arc::new(netns))?.remove().await };
         if let Err(error) = removed.await {
             failures.push(format!("pod {}: {error}", entry.uid));
         }

@@ -26,6 +26,9 @@ use super::{inventory::Inventory, netns::Netns};
 
 pub(super) const LOOPBACK_IFINDEX: u32 = 1;
 
+/// `RT_TABLE_LOCAL`.
+const LOCAL_TABLE: u32 = 255;
+
 /// An address that is nobody's: of those to discard, RFC 6666.
 const NOBODY: Ipv6Addr = Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0, 1);
 
@@ -217,26 +220,32 @@ impl Routing {
     }
 
     async fn ensure_route(&self, version: IpVersion, source: IpAddr) -> Result<u32, RoutingError> {
-        let wanted = capture_route(source);
-        let found = self.capture_routes(version).await?;
-        if found.iter().any(|route| same_route(route, source)) && found.len() == 1 {
-            return Ok(0);
+        let routes = self.routes(version).await?;
+        let (ours, rest): (Vec<_>, _) =
+            routes.into_iter().partition(|route| table(route) == CAPTURE_TABLE);
+        let mut changed = 0;
+        for route in rest.into_iter().filter(passes_by) {
+            let removal = self.handle.route().del(route).execute();
+            answered("removing a route from the table of local ones", removal).await?;
+            changed += 1;
         }
-        for route in found {
+        if ours.len() == 1 && ours.iter().all(|route| same_route(route, source)) {
+            return Ok(changed);
+        }
+        for route in ours {
             let removal = self.handle.route().del(route).execute();
             answered("removing a route", removal).await?;
         }
-        let addition = self.handle.route().add(wanted).replace().execute();
+        let addition = self.handle.route().add(capture_route(source)).replace().execute();
         answered("adding the capture's route", addition).await?;
-        Ok(1)
+        Ok(changed + 1)
     }
 
-    async fn capture_routes(&self, version: IpVersion) -> Result<Vec<RouteMessage>, RoutingError> {
+    async fn routes(&self, version: IpVersion) -> Result<Vec<RouteMessage>, RoutingError> {
         let mut filter = RouteMessage::default();
         filter.header.address_family = family(&version);
-        let routes = self.handle.route().get(filter).execute().try_collect::<Vec<_>>();
-        let routes = answered("listing routes", routes).await?;
-        Ok(routes.into_iter().filter(|route| table(route) == CAPTURE_TABLE).collect())
+        let routes = self.handle.route().get(filter).execute().try_collect();
+        answered("listing routes", routes).await
     }
 
     /// Ours is to be the first but for `local`: whatever is looked up before it could lead marked
@@ -294,7 +303,8 @@ impl Routing {
                     answered("removing a rule", removal).await?;
                 }
             }
-            for route in self.capture_routes(version).await? {
+            let routes = self.routes(version).await?.into_iter();
+            for route in routes.filter(|route| table(route) == CAPTURE_TABLE) {
                 let removal = self.handle.route().del(route).execute();
                 answered("removing a route", removal).await?;
             }
@@ -348,6 +358,13 @@ fn table(route: &RouteMessage) -> u32 {
     named.unwrap_or_else(|| route.header.table.into())
 }
 
+/// Whether a route leads elsewhere from the table of local routes, which is looked up before the
+/// capture's.
+fn passes_by(route: &RouteMessage) -> bool {
+    let local = [RouteType::Local, RouteType::Broadcast, RouteType::Anycast, RouteType::Multicast];
+    table(route) == LOCAL_TABLE && !local.contains(&route.header.kind)
+}
+
 /// Whether a route of the capture's table is the one that belongs there.
 fn same_route(route: &RouteMessage, source: IpAddr) -> bool {
     let loopback = route.attributes.contains(&RouteAttribute::Oif(LOOPBACK_IFINDEX));
@@ -375,11 +392,10 @@ fn is_capture_rule(rule: &RuleMessage) -> bool {
 
 /// The kernel's own rule for local addresses.
 fn is_local_rule(rule: &RuleMessage) -> bool {
-    const LOCAL: u32 = 255;
     is_plain(rule)
-        && rule.attributes.contains(&RuleAttribute::Table(LOCAL))
+        && rule.attributes.contains(&RuleAttribute::Table(LOCAL_TABLE))
         && rule.attributes.iter().all(|found| {
-            matches!(found, RuleAttribute::Table(LOCAL) | RuleAttribute::Priority(0))
+            matches!(found, RuleAttribute::Table(LOCAL_TABLE) | RuleAttribute::Priority(0))
                 || says_nothing(found)
         })
 }
