@@ -12,7 +12,7 @@ use aya::maps::{HashMap, Map, MapData, MapError};
 use mesh_common::abi::PodConfig;
 use xtask::lab::mesh::pods;
 use xtask::lab::raw::{PacketSocket, frame, gateway_address, tcp_packet};
-use xtask::lab::traffic::{accept, exchange};
+use xtask::lab::traffic::{accept, exchange, reset_on_close};
 use xtask::lab::{Canary, Capture, Load, Mesh, Netns, Pod, until};
 
 const PORT: u16 = 8080;
@@ -86,9 +86,11 @@ fn canaries() -> [Canary; 2] {
     [Canary::random(), Canary::random()]
 }
 
+/// To any free port: a child that another test is about to start may hold a closed listener open.
 fn connection(client: &Netns, server: &Pod, family: usize) -> Result<(TcpStream, TcpStream)> {
-    let listener = server.listen(PORT + 1)?;
-    let outgoing = client.connect(server.sockets(PORT + 1)[family])?;
+    let listener = server.listen(0)?;
+    let port = listener.local_addr()?.port();
+    let outgoing = client.connect(server.sockets(port)[family])?;
     let (incoming, _) = accept(&listener)?;
     Ok((outgoing, incoming))
 }
@@ -423,14 +425,14 @@ fn tampering_inside_the_pod_is_repaired() -> Result<()> {
     pair.expect_plain_load_on_the_wire()
 }
 
-/// The agent is stopped, so that the damage lasts while the pod talks over a connection that was
-/// open before. The guard is what is left.
-#[test]
-fn tampering_that_nobody_repairs_leads_nowhere() -> Result<()> {
-    let mut pair = pair("tampering_that_nobody_repairs_leads_nowhere")?;
-    let streams = FAMILIES.map(|family| connection(&pair.client, &pair.server, family));
-    let streams = streams.into_iter().collect::<Result<Vec<_>>>()?;
-    let dropped = |pod: &Pod| pair.mesh.dropped(pod, "cgroup", "plaintext");
+/// Talks over connections that were open before a pod is damaged, one of each address family, while
+/// its agent is stopped, so that the damage lasts; then has it repaired. `check` gets to know how
+/// often the guard stepped in meanwhile.
+fn talk_over_damage(
+    title: &str,
+    check: impl Fn(&Damage, u64, &[Stream; 2]) -> Result<()>,
+) -> Result<()> {
+    let mut pair = pair(title)?;
     let canaries = canaries();
     let captures = pair.captures()?;
     for (victim, (pod, peer)) in
@@ -446,25 +448,61 @@ fn tampering_that_nobody_repairs_leads_nowhere() -> Result<()> {
             Damage { script, diverts: true }
         }));
         for damage in damages {
-            let what = || format!("{}: {}", pod.pod_name(), damage.script);
-            let before = dropped(pod)?;
-            agent.stop()?;
-            damage.inflict(pod)?;
-            for (stream, canary) in streams.iter().zip(&canaries) {
-                let mut own = [&stream.0, &stream.1][victim];
-                own.write_all(canary.bytes()).with_context(what)?;
-            }
-            agent.cont()?;
-            wait_repaired(pod, &intact).with_context(what)?;
-            for (stream, canary) in streams.iter().zip(&canaries) {
-                hear([&stream.1, &stream.0][victim], canary).with_context(what)?;
-            }
-            let grown = dropped(pod)? > before;
-            ensure!(grown == damage.diverts, "{}: did the guard drop: {grown}", what());
+            let talk = || {
+                let [v4, v6] = FAMILIES.map(|family| {
+                    let (outgoing, incoming) = connection(&pair.client, &pair.server, family)?;
+                    say(&outgoing, &incoming, &canaries[family])?;
+                    // Nothing of it is sent again during the next damage.
+                    reset_on_close(&outgoing)?;
+                    reset_on_close(&incoming)?;
+                    let [from, to] =
+                        if victim == 0 { [outgoing, incoming] } else { [incoming, outgoing] };
+                    anyhow::Ok(Stream { from, to, canary: canaries[family].clone() })
+                });
+                let streams = [v4?, v6?];
+                let before = pair.mesh.dropped(pod, "cgroup", "plaintext")?;
+                agent.stop()?;
+                damage.inflict(pod)?;
+                for Stream { from, canary, .. } in &streams {
+                    let mut from = from;
+                    from.write_all(canary.bytes())?;
+                }
+                agent.cont()?;
+                wait_repaired(pod, &intact)?;
+                let dropped = pair.mesh.dropped(pod, "cgroup", "plaintext")? - before;
+                check(&damage, dropped, &streams)
+            };
+            talk().with_context(|| format!("{}: {}", pod.pod_name(), damage.script))?;
         }
     }
     expect_inside_only(captures, &canaries)?;
     pair.expect_plain_streams_on_the_wire()
+}
+
+/// An open connection, from the end at a damaged pod.
+struct Stream {
+    from: TcpStream,
+    to: TcpStream,
+    canary: Canary,
+}
+
+/// The guard is what is left.
+#[test]
+fn tampering_that_nobody_repairs_leads_nowhere() -> Result<()> {
+    talk_over_damage("tampering_that_nobody_repairs_leads_nowhere", |damage, dropped, _| {
+        ensure!((dropped > 0) == damage.diverts, "the guard dropped {dropped} packets");
+        Ok(())
+    })
+}
+
+#[test]
+fn open_connections_go_on_after_the_repair() -> Result<()> {
+    talk_over_damage("open_connections_go_on_after_the_repair", |_, _, streams| {
+        for (Stream { to, canary, .. }, family) in streams.iter().zip(["IPv4", "IPv6"]) {
+            hear(to, canary).with_context(|| format!("over {family}"))?;
+        }
+        Ok(())
+    })
 }
 
 /// Everything that the agent configures in a pod.
