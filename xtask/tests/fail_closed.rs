@@ -505,6 +505,26 @@ fn open_connections_go_on_after_the_repair() -> Result<()> {
     })
 }
 
+/// The kernel looks there before it looks where the capture leads: it holds what is local.
+#[test]
+fn a_route_among_the_local_ones_is_removed() -> Result<()> {
+    let pair = pair("a_route_among_the_local_ones_is_removed")?;
+    let _echo = pair.server.echo(PORT)?;
+    let intact = routing(&pair.client)?;
+    let canary = Canary::random();
+    for (family, ip) in FAMILIES.into_iter().zip(["ip -4", "ip -6"]) {
+        let (to, gateway) = (pair.server.sockets(PORT)[family], pair.client.gateways()[family]);
+        let script = format!("{ip} route add {} via {gateway} dev eth0 table local", to.ip());
+        let wire = pair.mesh.lab.capture()?;
+        pair.client.output("sh", &["-c", &script])?;
+        let repaired = wait_repaired(&pair.client, &intact);
+        let talked = pair.client.connect(to).map(|stream| exchange(stream, canary.bytes()));
+        wire.stop()?.expect_absent(&canary)?;
+        repaired.and(talked?).context(script)?;
+    }
+    Ok(())
+}
+
 /// Everything that the agent configures in a pod.
 fn routing(pod: &Pod) -> Result<String> {
     let mut listing = String::new();
