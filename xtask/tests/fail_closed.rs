@@ -86,11 +86,9 @@ fn canaries() -> [Canary; 2] {
     [Canary::random(), Canary::random()]
 }
 
-/// To any free port: a child that another test is about to start may hold a closed listener open.
 fn connection(client: &Netns, server: &Pod, family: usize) -> Result<(TcpStream, TcpStream)> {
-    let listener = server.listen(0)?;
-    let port = listener.local_addr()?.port();
-    let outgoing = client.connect(server.sockets(port)[family])?;
+    let listener = server.listen(PORT + 1)?;
+    let outgoing = client.connect(server.sockets(PORT + 1)[family])?;
     let (incoming, _) = accept(&listener)?;
     Ok((outgoing, incoming))
 }
