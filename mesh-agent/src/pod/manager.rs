@@ -17,7 +17,7 @@ use super::{
     enrolled::{Enrolled, Guarded, PodState, let_go, lock},
     ledger::{Entry, Ledger},
     netns::Netns,
-    routing::{Routing, RoutingError},
+    routing::Routing,
     source::{PodEvent, PodSpec, Removal},
 };
 use crate::{
