@@ -1,14 +1,12 @@
 //! The agent's log: on standard error, with what libraries and the eBPF programs say through the
 //! `log` crate, and a copy of the last warnings and errors for `status`.
 
+use mesh_common::log::{Log, LogFormat};
 use tracing_subscriber::{
     Layer as _, layer::SubscriberExt as _, util::SubscriberInitExt as _, util::TryInitError,
 };
 
-use crate::{
-    config::{Log, LogFormat},
-    stats::Problems,
-};
+use crate::stats::Problems;
 
 /// Starts logging. Once per process.
 ///

@@ -1,8 +1,9 @@
 //! What more than one part of nodemesh must agree on.
 //!
 //! * [`abi`]: the types that the eBPF programs and the agent share through maps. `no_std`.
-//! * `api`, `spiffe`, `svid`, `join` (feature `user`): the control plane's gRPC API, the names of
-//!   workloads, the certificates that prove them, and the tokens that nodes join with.
+//! * `api`, `spiffe`, `svid`, `join`, `log` (feature `user`): the control plane's gRPC API, the names
+//!   of workloads, the certificates that prove them, the tokens that nodes join with, and what is to
+//!   be logged.
 #![cfg_attr(not(feature = "user"), no_std)]
 
 pub mod abi;
@@ -12,6 +13,8 @@ pub mod api;
 mod hex;
 #[cfg(feature = "user")]
 pub mod join;
+#[cfg(feature = "user")]
+pub mod log;
 #[cfg(feature = "user")]
 pub mod spiffe;
 #[cfg(feature = "user")]

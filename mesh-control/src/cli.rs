@@ -11,11 +11,12 @@ use std::{
 use anyhow::Context as _;
 use axum::http::Method;
 use clap::{Args, Parser, Subcommand};
+use mesh_common::log::{Log, LogFormat};
 
 use crate::{
     admin::{TokenRequest, TokenResponse},
     client::{ClientError, request},
-    config::{Config, DEFAULT_ADMIN_SOCKET, Log, LogFormat},
+    config::{Config, DEFAULT_ADMIN_SOCKET},
     registry::{self, Workload},
     run::run,
     status::Status,

@@ -9,9 +9,8 @@ use std::{
     time::Duration,
 };
 
-use mesh_common::spiffe::TrustDomain;
+use mesh_common::{log::Log, spiffe::TrustDomain};
 use serde::{Deserialize, Deserializer, de};
-use tracing_subscriber::EnvFilter;
 
 use crate::yaml;
 
@@ -170,56 +169,6 @@ impl Default for Limits {
             join: Duration::from_secs(30),
         }
     }
-}
-
-/// The server's own log.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Log {
-    /// What is logged.
-    pub level: LogLevel,
-    /// How a line looks.
-    pub format: LogFormat,
-}
-
-/// A filter as in `tracing_subscriber::EnvFilter`: `info`, or `info,mesh_control=debug`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LogLevel(String);
-
-impl LogLevel {
-    /// The filter.
-    pub fn filter(&self) -> EnvFilter {
-        EnvFilter::builder().parse_lossy(&self.0)
-    }
-}
-
-impl Default for LogLevel {
-    fn default() -> Self {
-        Self("info".to_owned())
-    }
-}
-
-impl<'de> Deserialize<'de> for LogLevel {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        match EnvFilter::builder().parse(&text) {
-            Ok(_) => Ok(Self(text)),
-            Err(error) => Err(de::Error::custom(format!(
-                "{text:?} is no log level ({error}): use error, warn, info, debug or trace"
-            ))),
-        }
-    }
-}
-
-/// How a line of the log looks.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum LogFormat {
-    /// For people.
-    #[default]
-    Text,
-    /// One JSON object per line.
-    Json,
 }
 
 fn state_dir() -> PathBuf {
