@@ -121,13 +121,13 @@ impl Attack<'_> {
     }
 }
 
-/// Waits until a pod knows the hardware address of a neighbour.
-fn meet(pod: &Pod, neighbour: IpAddr) -> Result<()> {
+/// Waits until a namespace knows the hardware address of a neighbour.
+fn meet(netns: &Netns, neighbour: IpAddr) -> Result<()> {
     const DISCARD: u16 = 9;
     until("the neighbour to be known", || {
         let unspecified = if neighbour.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
-        pod.run(|| UdpSocket::bind(unspecified)?.send_to(b"hello", (neighbour, DISCARD))).ok()?;
-        let known = pod.output("ip", &["neigh", "show", "to", &neighbour.to_string()]).ok()?;
+        netns.run(|| UdpSocket::bind(unspecified)?.send_to(b"hello", (neighbour, DISCARD))).ok()?;
+        let known = netns.output("ip", &["neigh", "show", "to", &neighbour.to_string()]).ok()?;
         known.contains("lladdr").then_some(())
     })
 }
@@ -337,6 +337,7 @@ fn the_device_in_a_namespace_of_its_own() -> Result<()> {
                 format!("route add default via {gateway_v4}"),
                 format!("route add ::/0 via {gateway_v6}"),
             ])?;
+            meet(&nested, attack.pod.gateways()[family])?;
             let socket = tcp_socket(&nested, attack.to())?;
             say_canary(&nested, &socket, attack.to(), attack.canary).ok();
             Ok(())
@@ -389,6 +390,7 @@ fn another_namespace_through_the_pod() -> Result<()> {
                 "link set eth0 up".to_owned(),
                 format!("route add {everything} via {router}"),
             ])?;
+            meet(&nested, router.parse()?)?;
             attack.pod.sysctl(forwarding, "1")?;
             let masquerade = format!(
                 "add table {nft} nat; \
