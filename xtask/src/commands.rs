@@ -32,7 +32,8 @@ pub(crate) fn test(lab: Option<&str>, threads: u8) -> Result<()> {
     // the tests are built of, so that no dependency is built twice.
     run(cargo().args(["build", "--workspace", "--bins", "--tests"]))?;
     let packages: &[&str] = match lab {
-        Some(_) => &["--package", "xtask", "--tests"],
+        // Selecting a package would select other features of what it depends on.
+        Some(_) => &["--workspace", "--test", "*"],
         None => &["--workspace"],
     };
     let threads = format!("--test-threads={threads}");
