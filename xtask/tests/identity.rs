@@ -101,7 +101,7 @@ fn expired_certificates_are_worth_nothing() -> Result<()> {
     load.during(|| {
         load.wait_for_successes(10)?;
         mesh.control.process().kill9()?;
-        load.wait_for_failures(10)?;
+        load.wait_for_failures(3)?;
         mesh.control.start()?;
         load.wait_for_successes(10)
     })?;
