@@ -65,6 +65,8 @@ pub struct Datapath {
     sockets: Mutex<SkStorage<MapData, u32>>,
     /// The ids of the programs that this agent has loaded for a pod's devices.
     pub(super) guards: Mutex<BTreeMap<(u64, Guard), u32>>,
+    /// The object as it was last loaded, and for which pod: the steps of an enrolment share it.
+    pub(super) loaded: Mutex<Option<(u64, Ebpf)>>,
     /// Not pinned: it guards nothing, it only wakes this agent.
     _sysctl: CgroupSysctlLink,
 }
@@ -140,6 +142,7 @@ impl Datapath {
             counters: Mutex::new(counters),
             sockets: Mutex::new(sockets),
             guards: Mutex::default(),
+            loaded: Mutex::default(),
             _sysctl: sysctl,
         };
         Ok((datapath, events))

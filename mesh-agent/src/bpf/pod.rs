@@ -44,7 +44,14 @@ pub struct Device {
 }
 
 impl Datapath {
+    /// The object, for one pod. Whoever may need it for the same pod soon puts it into `loaded`:
+    /// loading parses the types of the whole kernel, which takes longer than everything else.
     fn load_for(&self, cookie: u64) -> Result<Ebpf, BpfError> {
+        if let Some((of, ebpf)) = lock(&self.loaded).take()
+            && of == cookie
+        {
+            return Ok(ebpf);
+        }
         let directory = self.pins.pod(cookie);
         fs::create_dir_all(&directory).map_err(BpfError::io(&directory))?;
         let mut loader = EbpfLoader::new();
@@ -80,8 +87,8 @@ impl Datapath {
 
     fn attach(&self, cookie: u64, guard: Guard, devices: &[&Device]) -> Result<(), BpfError> {
         let name = guard.program();
-        let loaded = lock(&self.guards).get(&(cookie, guard)).copied();
-        if loaded.is_some_and(|id| devices.iter().all(|device| is_attached(id, guard, device))) {
+        let current = lock(&self.guards).get(&(cookie, guard)).copied();
+        if current.is_some_and(|id| devices.iter().all(|device| is_attached(id, guard, device))) {
             return Ok(());
         }
         let pins = self.guard_pins(cookie, guard);
@@ -89,8 +96,7 @@ impl Datapath {
             return Ok(());
         }
         let mut ebpf = self.load_for(cookie)?;
-        let program: &mut SchedClassifier = program(&mut ebpf, name)?;
-        program.load().map_err(BpfError::program(name))?;
+        let program = loaded(&mut ebpf, name)?;
         let id = program.info().map_err(BpfError::program(name))?.id();
         for pin in pins {
             if !replace_in_place(program, &pin)? {
@@ -105,6 +111,7 @@ impl Datapath {
         }
         if result.is_ok() {
             lock(&self.guards).insert((cookie, guard), id);
+            *lock(&self.loaded) = Some((cookie, ebpf));
         }
         result
     }
@@ -181,10 +188,8 @@ impl Datapath {
             if pins.is_empty() {
                 continue;
             }
-            let name = guard.program();
             let mut ebpf = self.load_for(cookie)?;
-            let program: &mut SchedClassifier = program(&mut ebpf, name)?;
-            program.load().map_err(BpfError::program(name))?;
+            let program = loaded(&mut ebpf, guard.program())?;
             for pin in pins {
                 if replace_in_place(program, &pin)? {
                     return Ok(false);
@@ -197,6 +202,8 @@ impl Datapath {
     /// Detaches a pod's programs: the third guard before the second, whose stamp it wants.
     pub(super) fn release_pod(&self, cookie: u64) -> Result<(), BpfError> {
         lock(&self.guards).retain(|(of, _), _| *of != cookie);
+        // Its map of listeners is the one whose pin goes now.
+        drop(lock(&self.loaded).take());
         for pin in self.guard_pins(cookie, Guard::Peer) {
             pins::remove(&pin)?;
         }
@@ -238,6 +245,15 @@ impl Guard {
             Self::Peer => TcAttachType::Ingress,
         }
     }
+}
+
+/// A program of the object, loaded into the kernel once.
+fn loaded<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier, BpfError> {
+    let program: &mut SchedClassifier = program(ebpf, name)?;
+    if program.fd().is_err() {
+        program.load().map_err(BpfError::program(name))?;
+    }
+    Ok(program)
 }
 
 /// Whether a program is attached to a device. If the kernel does not say, it is not: attaching it
