@@ -348,7 +348,9 @@ fn ten_thousand_connections_at_once() -> Result<()> {
         let mut streams = Vec::new();
         for (number, index) in ring() {
             let server = &pods[(index + 1) % pods.len()];
-            let mut stream = pods[index].connect(server.sockets(PORT)[0])?;
+            let mut stream = pods[index]
+                .connect(server.sockets(PORT)[0])
+                .with_context(|| format!("connection {number}"))?;
             stream.write_all(&number.to_be_bytes())?;
             streams.push(stream);
         }
@@ -359,8 +361,7 @@ fn ten_thousand_connections_at_once() -> Result<()> {
         }
         Ok(())
     };
-    thread::scope(|scope| {
-        let clients = scope.spawn(clients);
+    let servers = || -> Result<()> {
         let mut streams = Vec::new();
         for (number, index) in ring() {
             let (stream, _) = accept(&listeners[(index + 1) % pods.len()])
@@ -373,6 +374,13 @@ fn ten_thousand_connections_at_once() -> Result<()> {
             stream.read_exact(&mut number)?;
             stream.write_all(&number)?;
         }
-        clients.join().expect("the clients do not panic")
+        Ok(())
+    };
+    thread::scope(|scope| {
+        let clients = scope.spawn(clients);
+        let served = servers();
+        // A client's failure is the cause of the servers', if both have one.
+        clients.join().expect("the clients do not panic").context("the clients")?;
+        served
     })
 }

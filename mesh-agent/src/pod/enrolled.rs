@@ -15,11 +15,7 @@ use anyhow::{Context as _, Result};
 use mesh_common::abi::{
     Address, MAX_POD_ADDRESSES, POD_DENIES_UDP, POD_HAS_V4, POD_HAS_V6, PodConfig,
 };
-use tokio::{
-    net::TcpListener,
-    sync::{Notify, Semaphore},
-    time::Instant,
-};
+use tokio::{net::TcpListener, sync::Notify, time::Instant};
 use tokio_util::{
     sync::CancellationToken,
     task::{AbortOnDropHandle, TaskTracker},
@@ -392,8 +388,8 @@ impl Node {
             stats: self.stats.pod(uid),
             warned: Mutex::new(None),
             pool: self.pool.clone(),
-            handshakes: Semaphore::new(turns),
-            unproven: Admission::new(turns),
+            leaving: Admission::new(turns),
+            arriving: Admission::new(turns),
             accepted: 2 * self.config.limits.connections_per_pod.get() as usize,
             timeouts: self.config.timeouts,
             drain: self.drain.clone(),

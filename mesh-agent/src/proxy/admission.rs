@@ -1,5 +1,6 @@
 //! Peers that have not proven yet who they are: how many connections they may have, and how many
-//! handshakes. One peer that never finishes its own does not keep out the others.
+//! handshakes. One peer that never finishes its own does not keep out the others. The dialling side
+//! keeps to the same shares, so that a burst of it waits at home and not at its peer's door.
 
 use std::{
     collections::HashMap,
@@ -15,7 +16,7 @@ const PEER_SHARE: usize = 4;
 /// Connections of one peer that wait for their handshake, as a multiple of all handshakes.
 const WAITING: usize = 4;
 
-/// The unproven connections of one pod.
+/// The unproven connections of one pod, in one direction.
 #[derive(Debug)]
 pub(crate) struct Admission {
     handshakes: Semaphore,
@@ -35,17 +36,15 @@ impl Admission {
         Self { handshakes: Semaphore::new(limit), limit, peers: Mutex::default() }
     }
 
-    /// Counts a connection of a peer until the place is dropped; none if it has too many.
-    pub(super) fn enter(&self, address: IpAddr) -> Option<Place<'_>> {
+    /// Counts a connection with a peer until the place is dropped.
+    pub(super) fn enter(&self, address: IpAddr) -> Place<'_> {
         let mut peers = self.peers();
         let share = (self.limit / PEER_SHARE).max(1);
         let new = || Peer { handshakes: Arc::new(Semaphore::new(share)), connections: 0 };
         let peer = peers.entry(address).or_insert_with(new);
-        if peer.connections >= self.limit * WAITING {
-            return None;
-        }
         peer.connections += 1;
-        Some(Place { admission: self, address, handshakes: Arc::clone(&peer.handshakes) })
+        let crowded = peer.connections > self.limit * WAITING;
+        Place { admission: self, address, handshakes: Arc::clone(&peer.handshakes), crowded }
     }
 
     fn peers(&self) -> MutexGuard<'_, HashMap<IpAddr, Peer>> {
@@ -60,14 +59,24 @@ pub(super) struct Place<'a> {
     admission: &'a Admission,
     address: IpAddr,
     handshakes: Arc<Semaphore>,
+    crowded: bool,
 }
 
 impl Place<'_> {
-    /// Waits until a handshake may begin. It is over when the turn is dropped.
-    pub(super) async fn turn(&self) -> Result<Turn<'_>, AcquireError> {
-        let of_peer = self.handshakes.acquire().await?;
-        let of_all = self.admission.handshakes.acquire().await?;
-        Ok(Turn { _of_peer: of_peer, _of_all: of_all })
+    /// Whether the peer has more connections than it should make another agent keep.
+    pub(super) fn is_crowded(&self) -> bool {
+        self.crowded
+    }
+
+    /// Waits until this is one of the peer's handshakes, until the permit is dropped.
+    pub(super) async fn share(&self) -> Result<SemaphorePermit<'_>, AcquireError> {
+        self.handshakes.acquire().await
+    }
+
+    /// Waits until it is one of the pod's as well. Only who has a share asks, or one peer's would
+    /// fill the queue.
+    pub(super) async fn turn(&self) -> Result<SemaphorePermit<'_>, AcquireError> {
+        self.admission.handshakes.acquire().await
     }
 }
 
@@ -81,13 +90,6 @@ impl Drop for Place<'_> {
             }
         }
     }
-}
-
-/// A handshake in flight.
-#[derive(Debug)]
-pub(super) struct Turn<'a> {
-    _of_peer: SemaphorePermit<'a>,
-    _of_all: SemaphorePermit<'a>,
 }
 
 #[cfg(test)]
@@ -104,25 +106,29 @@ mod tests {
     #[test]
     fn one_peer_cannot_take_every_turn() {
         let admission = Admission::new(8);
-        let places: Vec<_> = (0..8).map(|_| admission.enter(ONE).unwrap()).collect();
-        let turns: Vec<_> = places.iter().filter_map(|p| p.turn().now_or_never()).collect();
-        assert_eq!(turns.len(), 2);
-        let other = admission.enter(OTHER).unwrap();
+        let places: Vec<_> = (0..8).map(|_| admission.enter(ONE)).collect();
+        let shares: Vec<_> = places.iter().filter_map(|p| p.share().now_or_never()).collect();
+        assert_eq!(shares.len(), 2);
+        let turns: Vec<_> = shares.iter().map(|_| places[0].turn().now_or_never()).collect();
+        assert!(turns.iter().all(Option::is_some));
+        let other = admission.enter(OTHER);
+        assert!(other.share().now_or_never().is_some());
         assert!(other.turn().now_or_never().is_some());
-        let mut waiting = pin!(places[7].turn());
+        let mut waiting = pin!(places[7].share());
         assert!(waiting.as_mut().now_or_never().is_none());
-        drop(turns);
+        drop(shares);
         assert!(waiting.now_or_never().is_some());
     }
 
     #[test]
     fn a_peer_has_a_limit_and_leaves_nothing_behind() {
         let admission = Admission::new(2);
-        let places: Vec<_> = std::iter::from_fn(|| admission.enter(ONE)).collect();
-        assert_eq!(places.len(), 8);
-        assert!(admission.enter(OTHER).is_some());
+        let places: Vec<_> = (0..8).map(|_| admission.enter(ONE)).collect();
+        assert!(!places.iter().any(Place::is_crowded));
+        assert!(admission.enter(ONE).is_crowded());
+        assert!(!admission.enter(OTHER).is_crowded());
         drop(places);
         assert!(admission.peers().is_empty());
-        assert!(admission.enter(ONE).is_some());
+        assert!(!admission.enter(ONE).is_crowded());
     }
 }

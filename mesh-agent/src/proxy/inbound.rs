@@ -99,24 +99,26 @@ async fn handshake(
     stream: TcpStream,
     source: IpAddr,
 ) -> Result<(Tunnel<'_>, Header), Failed> {
-    let place = pod.unproven.enter(source).ok_or_else(|| {
+    let place = pod.arriving.enter(source);
+    if place.is_crowded() {
         reset(&stream);
-        Failed::new(HandshakeFailure::Overloaded, "the peer has too many unfinished handshakes")
-    })?;
+        let detail = "the peer has too many unfinished handshakes";
+        return Err(Failed::new(HandshakeFailure::Overloaded, detail));
+    }
     let deadline = Instant::now() + pod.timeouts.handshake;
+    let going = |_| Failed::new(HandshakeFailure::Closed, "the pod is going");
     let late = |_| Failed::new(HandshakeFailure::Timeout, "the peer did not finish it in time");
     let proven = async {
         let svid = pod.svid().await.ok_or_else(|| {
             let detail = "the control plane has issued none, or it has expired";
             Failed::new(HandshakeFailure::NoCertificate, detail)
         })?;
-        let turn = place.turn().await;
-        let turn = turn.map_err(|_| Failed::new(HandshakeFailure::Closed, "the pod is going"))?;
+        let _share = place.share().await.map_err(going)?;
+        let _turn = place.turn().await.map_err(going)?;
         let accept = TlsAcceptor::from(Arc::clone(&svid.server)).accept(ReadAhead::new(stream));
         let stream = accept.await.map_err(|error| Failed::tls(&error))?;
         let client = peer::leaf(stream.get_ref().1)?;
         pod.stats.handshake(Direction::Inbound);
-        drop(turn);
         Ok(Tunnel { pod, stream, client, svid })
     };
     let mut tunnel = timeout_at(deadline, proven).await.map_err(late)??;

@@ -21,7 +21,7 @@ use mesh_common::svid::Leaf;
 use socket2::SockRef;
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::{Semaphore, watch},
+    sync::watch,
 };
 use tokio_rustls::client::TlsStream;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -47,6 +47,10 @@ const LAST_CALL: Duration = Duration::from_millis(50);
 /// How often a pod's failed tunnels are worth a warning.
 const WARN_INTERVAL: Duration = Duration::from_secs(10);
 
+/// How long a connection of the pod waits for others to finish their handshakes with the same peer:
+/// about as long as applications wait.
+const TURN_PATIENCE: Duration = Duration::from_secs(30);
+
 /// Tunnels are given up before they expire, so that no connection is asked for just then.
 const EXPIRY_MARGIN: Duration = Duration::from_secs(2);
 
@@ -71,10 +75,10 @@ pub struct PodProxy {
     pub warned: Mutex<Option<Instant>>,
     /// The node's idle tunnels.
     pub pool: Pool<ClientStream>,
-    /// Bounds the handshakes in flight that the pod's own connections need.
-    pub handshakes: Semaphore,
-    /// Bounds what peers may have that have not proven who they are.
-    pub(crate) unproven: Admission,
+    /// Bounds what the pod has under way to peers that have not proven yet who they are.
+    pub(crate) leaving: Admission,
+    /// Bounds what such peers have under way to the pod.
+    pub(crate) arriving: Admission,
     /// Accepted connections, tunnels that are idle included.
     pub accepted: usize,
     /// How long things may take.

@@ -6,7 +6,9 @@ use rustls::pki_types::ServerName;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
-use super::{ClientStream, PodProxy, peer, peer::Failed, registration, reusable_until};
+use super::{
+    ClientStream, PodProxy, TURN_PATIENCE, peer, peer::Failed, registration, reusable_until,
+};
 use crate::{
     bpf::Tag,
     identity::{Svid, Workload},
@@ -131,12 +133,21 @@ impl Mesh<'_> {
         proof: Proof,
     ) -> Result<Tunnel<ClientStream>, Failed> {
         let Self { pod, client, destination, server, .. } = self;
+        let place = pod.leaving.enter(destination.ip());
+        let busy = |_| {
+            let detail = "too many connections wait for a handshake with this peer";
+            Failed::new(HandshakeFailure::Overloaded, detail)
+        };
+        let closed = |_| Failed::new(HandshakeFailure::Closed, "the pod is going");
+        // Before the peer hears of it: what it has accepted counts there.
+        let share = timeout(TURN_PATIENCE, place.share()).await.map_err(busy)?;
+        let _share = share.map_err(closed)?;
         let dial = pod.sockets.dial_network(client.ip(), *destination, Tag::Tunnel);
         let tcp = patient(pod.timeouts.dial, dial)
             .await
             .map_err(|error| Failed::new(HandshakeFailure::Unreachable, error.to_string()))?;
-        let closed = |_| Failed::new(HandshakeFailure::Closed, "the pod is going away");
-        let _turn = pod.handshakes.acquire().await.map_err(closed)?;
+        // Not before, or peers that nobody answers for would take every turn.
+        let _turn = place.turn().await.map_err(closed)?;
         let name = ServerName::IpAddress(destination.ip().into());
         let connect =
             TlsConnector::from(Arc::clone(&svid.client)).connect(name, ReadAhead::new(tcp));
