@@ -1,9 +1,9 @@
 //! What more than one part of nodemesh must agree on.
 //!
 //! * [`abi`]: the types that the eBPF programs and the agent share through maps. `no_std`.
-//! * `api`, `spiffe`, `svid`, `join`, `log` (feature `user`): the control plane's gRPC API, the names
-//!   of workloads, the certificates that prove them, the tokens that nodes join with, and what is to
-//!   be logged.
+//! * `api`, `spiffe`, `svid`, `join`, `log`, `membership` (feature `user`): the control plane's gRPC API, the names
+//!   of workloads, the certificates that prove them, the tokens that nodes join with, what is to be
+//!   logged, and which pods of a Kubernetes cluster are in the mesh.
 #![cfg_attr(not(feature = "user"), no_std)]
 
 pub mod abi;
@@ -15,6 +15,8 @@ mod hex;
 pub mod join;
 #[cfg(feature = "user")]
 pub mod log;
+#[cfg(feature = "user")]
+pub mod membership;
 #[cfg(feature = "user")]
 pub mod spiffe;
 #[cfg(feature = "user")]

@@ -70,6 +70,7 @@ impl Workload {
             name: self.name.clone(),
             node: self.node.clone(),
             addresses: self.addresses.iter().map(ToString::to_string).collect(),
+            owner: String::new(),
         }
     }
 }

@@ -155,6 +155,16 @@ impl ControlPlane for Service {
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
+
+    /// Outside of Kubernetes there is nobody to show it to.
+    async fn report(
+        &self,
+        request: Request<api::ReportRequest>,
+    ) -> Result<Response<api::ReportResponse>, Status> {
+        let peer = peer(&request)?;
+        self.decide(&peer, "report", node).await?;
+        Ok(Response::new(api::ReportResponse {}))
+    }
 }
 
 impl Service {

@@ -40,7 +40,8 @@ impl Publisher {
     ) -> bool {
         let bundle = Some(bundle.to_api());
         let workloads = registry.workloads().map(super::registry::Workload::to_api).collect();
-        let mut next = api::Snapshot { version: 0, bundle, workloads, settings: Some(settings) };
+        let mut next =
+            api::Snapshot { bundle, workloads, settings: Some(settings), ..Default::default() };
         self.0.send_if_modified(|present| {
             next.version = present.version;
             if next == **present {

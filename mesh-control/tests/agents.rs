@@ -185,7 +185,7 @@ struct Watch {
 impl Watch {
     async fn open(node: &mut Node) -> Self {
         let (answers, receiver) = mpsc::channel(8);
-        let hello = api::Hello { agent_version: "test".to_owned() };
+        let hello = api::Hello { agent_version: "test".to_owned(), deltas: false };
         answers.send(message(Message::Hello(hello))).await.unwrap();
         let snapshots =
             node.client.watch(ReceiverStream::new(receiver)).await.unwrap().into_inner();

@@ -204,7 +204,10 @@ impl Link {
                 .try_send(api::WatchRequest { message: Some(message) })
                 .map_err(|_| LinkError::Lost("it takes no answers".to_owned()))
         };
-        say(Message::Hello(api::Hello { agent_version: env!("CARGO_PKG_VERSION").to_owned() }))?;
+        say(Message::Hello(api::Hello {
+            agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+            deltas: false,
+        }))?;
         let mut stream = timeout(ANSWER_WITHIN, client.watch(ReceiverStream::new(requests)))
             .await
             .map_err(|_| LinkError::Lost("no answer".to_owned()))?

@@ -231,6 +231,7 @@ impl NodeIssuer {
             token: token.reveal(),
             csr: key.csr()?,
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+            service_account_token: String::new(),
         };
         let answer = timeout(ANSWER_WITHIN, client.join(request))
             .await

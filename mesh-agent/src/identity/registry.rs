@@ -158,7 +158,7 @@ impl TryFrom<api::Snapshot> for Snapshot {
     type Error = RegistryError;
 
     fn try_from(snapshot: api::Snapshot) -> Result<Self, Self::Error> {
-        let api::Snapshot { version, bundle, workloads, settings } = snapshot;
+        let api::Snapshot { version, bundle, workloads, settings, .. } = snapshot;
         if version == 0 {
             return Err(RegistryError::NoVersion);
         }
@@ -200,7 +200,7 @@ impl TryFrom<api::Snapshot> for Snapshot {
 
 impl Workload {
     fn new(workload: api::Workload, trust_domain: &TrustDomain) -> Result<Self, RegistryError> {
-        let api::Workload { uid, namespace, service_account, name, node, addresses } = workload;
+        let api::Workload { uid, namespace, service_account, name, node, addresses, .. } = workload;
         let bad_name = |source| RegistryError::Name { uid: uid.clone(), source };
         for segment in [&uid, &name, &node] {
             check_segment(segment).map_err(bad_name)?;

@@ -23,6 +23,7 @@ fn registry() -> &'static Snapshot {
             name: format!("{name}-0"),
             node: "node-1".to_owned(),
             addresses: addresses.iter().map(|&a| a.to_owned()).collect(),
+            owner: String::new(),
         };
         api::Snapshot {
             version: 1,
@@ -36,6 +37,7 @@ fn registry() -> &'static Snapshot {
                 workload(FAR, "far", &["192.0.2.7"]),
             ],
             settings: Some(api::Settings { svid_lifetime_seconds: 14_400 }),
+            ..Default::default()
         }
         .try_into()
         .unwrap()

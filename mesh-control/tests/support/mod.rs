@@ -194,8 +194,12 @@ impl Node {
 pub(crate) async fn join(address: SocketAddr, token: &str) -> Result<Node, Status> {
     let mut client = connect_pinned(address, token).await;
     let (key, csr) = key_and_csr();
-    let request =
-        api::JoinRequest { token: token.to_owned(), csr, agent_version: "test".to_owned() };
+    let request = api::JoinRequest {
+        token: token.to_owned(),
+        csr,
+        agent_version: "test".to_owned(),
+        ..Default::default()
+    };
     let response = client.join(request).await?.into_inner();
     let bundle = Arc::new(TrustBundle::from_api(response.bundle.unwrap()).unwrap());
     let identity = identity(response.chain, &key);

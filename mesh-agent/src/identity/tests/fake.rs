@@ -169,12 +169,7 @@ impl Fake {
                 void: false,
             }),
             frozen: watch::Sender::new(false),
-            snapshot: watch::Sender::new(api::Snapshot {
-                version: 1,
-                bundle: None,
-                workloads: Vec::new(),
-                settings: None,
-            }),
+            snapshot: watch::Sender::new(api::Snapshot { version: 1, ..Default::default() }),
             answers: watch::Sender::default(),
             dialled: watch::Sender::default(),
             issued: AtomicU64::new(0),
@@ -490,6 +485,14 @@ impl ControlPlane for Fake {
         let snapshots = WatchStream::new(self.0.snapshot.subscribe()).map(Ok);
         Ok(Response::new(Box::pin(stream::select(snapshots, stream::pending()))))
     }
+
+    async fn report(
+        &self,
+        request: Request<api::ReportRequest>,
+    ) -> Result<Response<api::ReportResponse>, Status> {
+        self.node_of(&request)?;
+        Ok(Response::new(api::ReportResponse {}))
+    }
 }
 
 fn bundle(roots: &[CertificateDer<'static>]) -> api::TrustBundle {
@@ -506,6 +509,7 @@ pub(super) fn workload(uid: &str, n: u8) -> api::Workload {
         name: format!("cart-{n}"),
         node: NODE.to_owned(),
         addresses: vec![IpAddr::from([10, 0, 0, n]).to_string()],
+        owner: String::new(),
     }
 }
 

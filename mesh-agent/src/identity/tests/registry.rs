@@ -11,7 +11,13 @@ fn snapshot(workloads: Vec<api::Workload>) -> api::Snapshot {
         roots: vec![Authority::new("root").root().to_vec()],
     };
     let settings = api::Settings { svid_lifetime_seconds: 60 };
-    api::Snapshot { version: 7, bundle: Some(bundle), workloads, settings: Some(settings) }
+    api::Snapshot {
+        version: 7,
+        bundle: Some(bundle),
+        workloads,
+        settings: Some(settings),
+        ..Default::default()
+    }
 }
 
 fn refusal(change: impl FnOnce(&mut api::Snapshot)) -> String {
