@@ -18,10 +18,11 @@ enum Tools {
     All,
 }
 
-/// Builds the binaries.
-pub(crate) fn build(release: bool) -> Result<()> {
+/// Builds the binaries, and says in which directory they are.
+pub(crate) fn build(release: bool) -> Result<PathBuf> {
     setup(Tools::Build)?;
-    build_binaries(release)
+    build_binaries(release)?;
+    Ok(root()?.join("target").join(if release { "release" } else { "debug" }))
 }
 
 /// Runs every test, or only the laboratory tests with `lab` in their name; `threads` at a time.

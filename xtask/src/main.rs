@@ -1,5 +1,6 @@
-//! Developer commands: `cargo xtask build | test | lint | demo`.
+//! Developer commands: `cargo xtask build | test | lint | demo | image`.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -7,6 +8,7 @@ use clap::{Parser, Subcommand};
 
 mod commands;
 mod demo;
+mod image;
 
 #[derive(Parser)]
 #[command(about = "Builds, tests and demonstrates nodemesh", arg_required_else_help = true)]
@@ -34,6 +36,18 @@ enum Verb {
     },
     /// Watch two nodes and four pods with and without the mesh. Needs root.
     Demo,
+    /// Make the container images: an OCI archive for `ctr -n k8s.io images import`.
+    Image {
+        /// Where to write it.
+        #[arg(default_value = "target/nodemesh.tar")]
+        archive: PathBuf,
+        /// The images' tag.
+        #[arg(long, default_value = env!("CARGO_PKG_VERSION"))]
+        tag: String,
+        /// Take the binaries that the laboratory uses: quicker to build, slower to run.
+        #[arg(long)]
+        debug: bool,
+    },
     /// Check formatting, and run clippy over the host crates and the eBPF programs.
     Lint,
 }
@@ -50,11 +64,14 @@ fn main() -> ExitCode {
 
 fn run(arguments: Arguments) -> Result<()> {
     match arguments.verb {
-        Verb::Build { release } => commands::build(release),
+        Verb::Build { release } => commands::build(release).map(drop),
         Verb::Test { lab, threads } => commands::test(lab.as_deref(), threads),
         Verb::Demo => {
             commands::prepare_demo()?;
             demo::run()
+        }
+        Verb::Image { archive, tag, debug } => {
+            image::write(&commands::build(!debug)?, &tag, &archive)
         }
         Verb::Lint => commands::lint(),
     }
