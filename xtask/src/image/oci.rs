@@ -15,6 +15,7 @@ const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 
 /// One image, of one layer.
+#[derive(Debug)]
 pub(super) struct Image {
     /// Repository and tag.
     pub(super) name: String,
@@ -27,6 +28,7 @@ pub(super) struct Image {
 }
 
 /// An executable file, or a library.
+#[derive(Debug)]
 pub(super) struct File {
     /// Its absolute path in the image.
     pub(super) place: PathBuf,
