@@ -214,7 +214,7 @@ mod tests {
             assert_eq!(config["rootfs"]["diff_ids"], json!([digest(layer)]));
             let files = entries(layer);
             let names: Vec<_> = files.keys().map(String::as_str).collect();
-            assert_eq!(names, ["bin/", "bin/program", "lib64/", "lib64/ld.so"]);
+            assert_eq!(names, ["bin", "bin/program", "lib64", "lib64/ld.so"]);
             assert_eq!(files["bin/program"], program);
         }
     }
