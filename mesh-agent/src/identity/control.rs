@@ -19,7 +19,7 @@ use tonic::Code;
 use super::{
     connect::{self, Client, ConnectError, connect, words},
     node::{NodeError, NodeIdentity, NodeIssuer},
-    schedule::{Clock, before_it_is_too_late, retry_delays},
+    schedule::{Clock, before_it_is_too_late, retry_delays, while_certificates_last},
     snapshots::Snapshots,
     status::{Connection, Counters, Problem, Status, count},
     token_watch::TokenWatch,
@@ -122,7 +122,11 @@ impl Link {
                 | LinkError::Connect(_)
                 | LinkError::Refused(_)
                 | LinkError::Lost(_)
-                | LinkError::Tls(_) => delays.next().unwrap_or(TRY_TOKEN_EVERY),
+                | LinkError::Tls(_) => {
+                    let lifetime = self.snapshots.current().settings().svid_lifetime;
+                    let delay = delays.next().unwrap_or(TRY_TOKEN_EVERY);
+                    while_certificates_last(delay, lifetime)
+                }
             };
             tokio::select! {
                 () = token.changed() => {}

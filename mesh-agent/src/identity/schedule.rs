@@ -62,6 +62,13 @@ pub(super) fn before_it_is_too_late(delay: Duration, left: Option<Duration>) -> 
     left.map_or(delay, |left| delay.min((left / 4).max(FIRST_RETRY)))
 }
 
+/// Shortens a delay between attempts to connect: pods ask for their next certificates when half of
+/// a lifetime is over, and what then remains must suffice for several attempts. A `lifetime` of
+/// zero is not known.
+pub(super) fn while_certificates_last(delay: Duration, lifetime: Duration) -> Duration {
+    before_it_is_too_late(delay, Some(lifetime / 2).filter(|left| !left.is_zero()))
+}
+
 /// Where the time of day comes from.
 #[derive(Clone)]
 pub(super) struct Clock(Arc<dyn Fn() -> SystemTime + Send + Sync>);
@@ -123,6 +130,16 @@ mod tests {
             let shortened = before_it_is_too_late(delay, Some(left));
             prop_assert!(shortened <= delay && shortened <= left / 4);
             prop_assert_eq!(before_it_is_too_late(delay, None), delay);
+        }
+
+        #[test]
+        fn the_second_half_of_a_life_has_time_for_four_attempts(seconds in 4_u64..100_000) {
+            let lifetime = Duration::from_secs(seconds);
+            for delay in retry_delays().take(20) {
+                let shortened = while_certificates_last(delay, lifetime);
+                prop_assert!(shortened <= delay && shortened <= lifetime / 8);
+                prop_assert_eq!(while_certificates_last(delay, Duration::ZERO), delay);
+            }
         }
     }
 
