@@ -14,6 +14,7 @@ mod node;
 mod registry;
 mod rotation;
 mod schedule;
+mod services;
 mod snapshots;
 mod status;
 mod svid;
@@ -38,6 +39,7 @@ use self::{
 };
 pub use self::{
     registry::{RegistryError, Settings, Snapshot, Workload},
+    services::{Endpoint, Found, Readiness, ServicePort, Services, ServicesError},
     status::{Connection, Counters, NodeCertificate, Problem, Status},
     svid::{ALPN, Svid},
 };

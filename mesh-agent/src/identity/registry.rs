@@ -16,6 +16,8 @@ use mesh_common::{
     svid::{SvidError, TrustBundle},
 };
 
+use super::services::{Services, ServicesError};
+
 /// Why a snapshot is not usable. Sent to the control plane with the refusal.
 #[derive(Debug, thiserror::Error)]
 pub enum RegistryError {
@@ -57,6 +59,9 @@ pub enum RegistryError {
         /// The UID of the other.
         second: String,
     },
+    /// The services contradict themselves or the workloads.
+    #[error(transparent)]
+    Services(#[from] ServicesError),
 }
 
 /// One pod of the mesh.
@@ -89,6 +94,7 @@ pub struct Snapshot {
     settings: Settings,
     by_uid: BTreeMap<String, Arc<Workload>>,
     by_address: HashMap<IpAddr, Arc<Workload>>,
+    services: Services,
 }
 
 impl Snapshot {
@@ -130,6 +136,11 @@ impl Snapshot {
         self.by_uid.values()
     }
 
+    /// What is connected to instead of a pod. None of their addresses is a workload's.
+    pub const fn services(&self) -> &Services {
+        &self.services
+    }
+
     /// Takes over from `before` what has not changed, so that whoever holds a part of it can tell
     /// by its address in memory that it is still current.
     #[must_use]
@@ -158,7 +169,16 @@ impl TryFrom<api::Snapshot> for Snapshot {
     type Error = RegistryError;
 
     fn try_from(snapshot: api::Snapshot) -> Result<Self, Self::Error> {
-        let api::Snapshot { version, bundle, workloads, settings, .. } = snapshot;
+        let api::Snapshot {
+            version,
+            bundle,
+            workloads,
+            settings,
+            services,
+            endpoint_slices,
+            nodes,
+            ..
+        } = snapshot;
         if version == 0 {
             return Err(RegistryError::NoVersion);
         }
@@ -188,12 +208,16 @@ impl TryFrom<api::Snapshot> for Snapshot {
                 return Err(RegistryError::DuplicateUid(workload.uid.clone()));
             }
         }
+        let services = Services::new(services, endpoint_slices, nodes, |address| {
+            by_address.get(&address).map(|workload| workload.uid.as_str())
+        })?;
         Ok(Self {
             version,
             bundle: Some(Arc::new(bundle)),
             settings: Settings { svid_lifetime: Duration::from_secs(svid_lifetime_seconds.into()) },
             by_uid,
             by_address,
+            services,
         })
     }
 }
@@ -209,17 +233,18 @@ impl Workload {
             .map_err(bad_name)?;
         let addresses = addresses
             .into_iter()
-            .map(|text| match text.parse().map(|address: IpAddr| address.to_canonical()) {
-                Ok(address)
-                    if !(address.is_unspecified()
-                        || address.is_loopback()
-                        || address.is_multicast()) =>
-                {
-                    Ok(address)
-                }
-                Ok(_) | Err(_) => Err(RegistryError::Address { uid: uid.clone(), address: text }),
+            .map(|text| {
+                host_address(&text)
+                    .ok_or_else(|| RegistryError::Address { uid: uid.clone(), address: text })
             })
             .collect::<Result<_, _>>()?;
         Ok(Self { uid, id, name, node, addresses })
     }
+}
+
+/// An address that something other than this machine can have, canonical.
+pub(super) fn host_address(text: &str) -> Option<IpAddr> {
+    let address = text.parse::<IpAddr>().ok()?.to_canonical();
+    let is_host = !(address.is_unspecified() || address.is_loopback() || address.is_multicast());
+    is_host.then_some(address)
 }

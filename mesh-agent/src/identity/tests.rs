@@ -5,6 +5,7 @@ mod fake;
 mod node;
 mod registry;
 mod rotation;
+mod services;
 
 use std::{
     fs,

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 
 use super::{super::registry::*, fake::*};
 
-fn snapshot(workloads: Vec<api::Workload>) -> api::Snapshot {
+pub(super) fn snapshot(workloads: Vec<api::Workload>) -> api::Snapshot {
     let bundle = api::TrustBundle {
         trust_domain: TRUST_DOMAIN.to_owned(),
         roots: vec![Authority::new("root").root().to_vec()],
