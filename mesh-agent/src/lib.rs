@@ -2,6 +2,7 @@
 
 pub mod admin;
 pub mod agent;
+pub mod balance;
 pub mod bpf;
 pub mod cli;
 pub mod config;
