@@ -13,7 +13,7 @@
 //!
 //! ```no_run
 //! use mesh_agent::tunnel::{
-//!     AppSocket, Header, Outcome, Pool, Role, TraceId, Traffic,
+//!     AppSocket, End, Header, Outcome, Pool, Role, TraceId, Traffic,
 //!     pool::{Key, Proof, Tunnel},
 //!     relay,
 //! };
@@ -41,7 +41,7 @@
 //!         }
 //!         match untouched {
 //!             // A pooled tunnel was dead, and nothing is lost: another one may do.
-//!             Some(again) if !fresh => app = again,
+//!             Some(again) if !fresh && matches!(end, End::TunnelLost(_)) => app = again,
 //!             _ => return Ok(println!("{} bytes, {end}", traffic.from_client())),
 //!         }
 //!     }

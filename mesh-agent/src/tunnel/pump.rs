@@ -33,6 +33,8 @@ pub(super) enum Framing {
 /// How much may be read from the source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Window {
+    /// Nothing: it may turn out that somebody else is to get the bytes.
+    Closed,
     /// No more than the first frame: the far side has not said yet that it wants the bytes.
     OneFrame,
     /// As much as the sink takes.
@@ -125,8 +127,13 @@ impl Pump {
                 ready!(self.poll_drain(cx, sink)).map_err(PumpError::Sink)?;
             }
             let mut gathered = Gathered::Blocked;
+            let open = match window {
+                Window::Closed => false,
+                Window::OneFrame => self.moved == 0,
+                Window::Open => true,
+            };
             if !self.ended
-                && (window == Window::Open || self.moved == 0)
+                && open
                 && let Some(source) = source.as_deref_mut()
             {
                 gathered = self.gather(cx, source, window).map_err(|_| PumpError::Source)?;
@@ -159,7 +166,7 @@ impl Pump {
         }
         let (header, most, batch) = match (self.framing, window) {
             (Framing::Frames, Window::Open) => (FRAME_HEADER, MAX_DATA, BATCH),
-            (Framing::Frames, Window::OneFrame) => (FRAME_HEADER, MAX_DATA, 1),
+            (Framing::Frames, Window::Closed | Window::OneFrame) => (FRAME_HEADER, MAX_DATA, 1),
             (Framing::Raw, _) => (0, BATCH * MAX_DATA, 1),
         };
         for _ in 0..batch {

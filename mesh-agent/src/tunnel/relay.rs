@@ -33,6 +33,10 @@ impl<T: AsyncBufRead + AsyncWrite + Unpin> Transport for T {}
 pub enum Role {
     /// The application connected. The tunnel is idle, and is asked for a connection.
     Client(Header),
+    /// The same, but nothing is read from the application before the server has accepted: until
+    /// then another server can take its place, whatever the application has to say. It costs the
+    /// first bytes a round trip.
+    PatientClient(Header),
     /// The application accepted: [`next_open`](super::server::next_open) has returned a header, the
     /// application is connected, and the tunnel is told so.
     Server,
@@ -88,8 +92,9 @@ pub struct Outcome<A = AppSocket> {
     pub end: End,
     /// The tunnel is idle and may carry another connection. If not, drop it.
     pub reusable: bool,
-    /// The application's socket, back as it was: the tunnel was lost before the server answered and
-    /// before the application had said anything, so another tunnel can still carry the connection.
+    /// The application's socket, back as it was: the server refused, or the tunnel was lost before
+    /// it answered, and nothing was read from the application. So another tunnel can still carry
+    /// the connection; dropping the socket resets it.
     pub untouched: Option<A>,
 }
 
@@ -136,6 +141,10 @@ pub(super) struct Relay<'a, A, T> {
     tunnel: &'a mut T,
     traffic: &'a Traffic,
     client: bool,
+    /// How much the application may say before the server has accepted.
+    first: Window,
+    /// The application that a server refused before it had said anything.
+    refused: Option<A>,
     /// From the application to the tunnel.
     outgoing: Pump,
     decoder: Decoder,
@@ -164,8 +173,10 @@ enum Incoming {
 impl<'a, A: App, T: Transport> Relay<'a, A, T> {
     pub(super) fn new(app: Option<A>, tunnel: &'a mut T, role: Role, traffic: &'a Traffic) -> Self {
         let mut outgoing = Pump::new(Framing::Frames);
+        let first =
+            if matches!(role, Role::PatientClient(_)) { Window::Closed } else { Window::OneFrame };
         let (client, incoming) = match role {
-            Role::Client(header) => {
+            Role::Client(header) | Role::PatientClient(header) => {
                 outgoing.push(&Frame::Open(header));
                 (true, Incoming::Status)
             }
@@ -179,6 +190,8 @@ impl<'a, A: App, T: Transport> Relay<'a, A, T> {
             tunnel,
             traffic,
             client,
+            first,
+            refused: None,
             outgoing,
             decoder: Decoder::default(),
             incoming,
@@ -198,6 +211,8 @@ impl<'a, A: App, T: Transport> Relay<'a, A, T> {
             tunnel,
             traffic,
             client: false,
+            first: Window::Open,
+            refused: None,
             outgoing,
             decoder: Decoder::default(),
             incoming: Incoming::Frames,
@@ -237,8 +252,7 @@ impl<'a, A: App, T: Transport> Relay<'a, A, T> {
     }
 
     fn poll_outgoing(&mut self, cx: &mut Context<'_>) -> Result<Poll<()>, End> {
-        let window =
-            if self.incoming == Incoming::Status { Window::OneFrame } else { Window::Open };
+        let window = if self.incoming == Incoming::Status { self.first } else { Window::Open };
         match self.outgoing.poll(cx, self.app.as_mut(), self.tunnel, window) {
             Poll::Ready(Ok(())) => Ok(Poll::Ready(())),
             Poll::Ready(Err(PumpError::Sink(error))) => Err(End::TunnelLost(error)),
@@ -332,6 +346,7 @@ impl<'a, A: App, T: Transport> Relay<'a, A, T> {
             (Incoming::Status, Frame::Status(Status::Accepted)) => self.incoming = Incoming::Frames,
             (Incoming::Status, Frame::Status(Status::Refused(refusal))) => {
                 self.incoming = Incoming::Ended;
+                self.refused = self.app.take().filter(|_| self.outgoing.moved() == 0);
                 self.abort(End::Refused(refusal));
             }
             (Incoming::Frames, Frame::Data(_)) => {}
@@ -378,15 +393,16 @@ impl<'a, A: App, T: Transport> Relay<'a, A, T> {
     }
 
     fn outcome(mut self, result: Result<(), End>) -> Outcome<A> {
+        let untouched = self.refused.take();
         match (result, self.aborted.take()) {
             (Ok(()), None) => {
                 if let Some(app) = self.app.take() {
                     app.finish();
                 }
-                Outcome { end: End::Finished, reusable: !self.going_away, untouched: None }
+                Outcome { end: End::Finished, reusable: !self.going_away, untouched }
             }
-            (Ok(()), Some(end)) => Outcome { end, reusable: !self.going_away, untouched: None },
-            (Err(_), Some(end)) => Outcome { end, reusable: false, untouched: None },
+            (Ok(()), Some(end)) => Outcome { end, reusable: !self.going_away, untouched },
+            (Err(_), Some(end)) => Outcome { end, reusable: false, untouched },
             (Err(end), None) => {
                 let unanswered = self.incoming == Incoming::Status && self.outgoing.moved() == 0;
                 let lost = matches!(end, End::TunnelLost(_));

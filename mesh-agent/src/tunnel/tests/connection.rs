@@ -13,8 +13,8 @@ use super::{
         server::{go_away, next_open, refuse},
     },
     lab::{
-        Connection, assert_reset, client_agent, header, hear, joined, read_all, reset, say,
-        server_agent, tcp_pair, tunnel, within,
+        Connection, assert_reset, client_agent, client_agent_as, header, hear, joined, read_all,
+        reset, say, server_agent, tcp_pair, tunnel, within,
     },
 };
 
@@ -237,8 +237,11 @@ async fn a_refusal_resets_the_client_and_the_tunnel_serves_the_next() {
         within("the header", next_open(&mut far)).await.unwrap();
         let refusal = Refusal::new(Reason::Denied, "no rule allows it");
         assert!(within("the refusal", refuse(&mut far, refusal.clone())).await);
-        assert_reset(&mut client).await;
         let (outcome, tunnel) = joined(agent).await;
+        // Who has said nothing could be carried by another tunnel: nobody wants that here.
+        assert_eq!(outcome.untouched.is_some(), early.is_empty());
+        drop(outcome.untouched);
+        assert_reset(&mut client).await;
         assert!(matches!(&outcome.end, End::Refused(why) if *why == refusal));
         assert_eq!(outcome.end.to_string(), "refused: denied by policy: no rule allows it");
         assert!(outcome.reusable);
@@ -247,6 +250,38 @@ async fn a_refusal_resets_the_client_and_the_tunnel_serves_the_next() {
     let mut connection = Connection::open((near, far)).await;
     say(&mut connection.client, b"and now?").await;
     hear(&mut connection.server, b"and now?").await;
+}
+
+#[tokio::test]
+async fn a_patient_client_says_nothing_to_a_server_that_refuses() {
+    for early in [b"".as_slice(), b"early bytes"] {
+        let (near, mut far) = tunnel().await;
+        let (mut client, client_side) = tcp_pair().await;
+        say(&mut client, early).await;
+        client.shutdown().await.unwrap();
+        let role = Role::PatientClient(header());
+        let agent = client_agent_as(role, client_side, near, Default::default());
+        within("the header", next_open(&mut far)).await.unwrap();
+        let refusal = Refusal::new(Reason::ConnectionRefused, "");
+        assert!(within("the refusal", refuse(&mut far, refusal)).await);
+        let (outcome, near) = joined(agent).await;
+        assert!(outcome.reusable && matches!(outcome.end, End::Refused(_)));
+        // The next server hears everything.
+        let app = outcome.untouched.expect("nothing was read from the application");
+        let (mut server, server_side) = tcp_pair().await;
+        let served = server_agent(server_side, far);
+        let mut near = near;
+        let relayed = tokio::spawn(async move {
+            let role = Role::PatientClient(header());
+            relay(app, &mut near, role, &Traffic::default()).await.end
+        });
+        assert_eq!(read_all(&mut server).await, early);
+        say(&mut server, b"answer").await;
+        server.shutdown().await.unwrap();
+        assert_eq!(read_all(&mut client).await, b"answer");
+        assert_eq!(within("the relay", relayed).await.unwrap().words(), "finished");
+        drop(served);
+    }
 }
 
 #[tokio::test]

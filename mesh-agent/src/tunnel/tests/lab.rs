@@ -128,12 +128,21 @@ pub(super) async fn joined<T>(agent: Agent<T>) -> (Outcome, T) {
 
 pub(super) fn client_agent(
     app: TcpStream,
+    tunnel: ClientTunnel,
+    traffic: Arc<Traffic>,
+) -> Agent<ClientTunnel> {
+    client_agent_as(Role::Client(header()), app, tunnel, traffic)
+}
+
+pub(super) fn client_agent_as(
+    role: Role,
+    app: TcpStream,
     mut tunnel: ClientTunnel,
     traffic: Arc<Traffic>,
 ) -> Agent<ClientTunnel> {
     let app = AppSocket::new(app).unwrap();
     tokio::spawn(async move {
-        let outcome = relay(app, &mut tunnel, Role::Client(header()), &traffic).await;
+        let outcome = relay(app, &mut tunnel, role, &traffic).await;
         (outcome, tunnel)
     })
 }
