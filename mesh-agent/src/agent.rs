@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     admin::{Admin, Server},
+    balance::Balancer,
     bpf::Datapath,
     config::Config,
     identity::{self, Identity},
@@ -63,6 +64,7 @@ pub fn run(config: Config) -> Result<()> {
         let files = pods.clone();
         let node = Arc::new(Node {
             policy: Arc::new(config.policy()),
+            balancer: Arc::new(Balancer::new(&config.node)),
             datapath: Arc::new(datapath),
             stats: Arc::new(Stats::new(config.limits.connections_per_pod.get() as usize)),
             pool: Pool::new(PoolLimits {

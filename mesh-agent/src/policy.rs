@@ -54,8 +54,12 @@ pub enum DenyReason {
     EgressDenied,
     /// The certificate's identity or pod is not what the registry says.
     IdentityMismatch,
+    /// The destination is a service of which no endpoint is ready.
+    NoEndpoints,
     /// The destination is loopback, multicast, unspecified, or the pod itself.
     NoRemoteAddress,
+    /// The destination is the address of a service, which is not at that port.
+    NoServicePort,
     /// Plaintext from outside, which is not listed in `ingress.plaintext`.
     PlaintextRefused,
     /// The registry is not known yet: the control plane was never reached.
@@ -74,10 +78,12 @@ pub enum DenyReason {
 
 impl DenyReason {
     /// Every reason, in the order of [`Self::index`].
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 12] = [
         Self::EgressDenied,
         Self::IdentityMismatch,
+        Self::NoEndpoints,
         Self::NoRemoteAddress,
+        Self::NoServicePort,
         Self::PlaintextRefused,
         Self::RegistryUnknown,
         Self::SourceAddress,
@@ -97,7 +103,9 @@ impl DenyReason {
         match self {
             Self::EgressDenied => "egress-denied",
             Self::IdentityMismatch => "identity-mismatch",
+            Self::NoEndpoints => "no-endpoints",
             Self::NoRemoteAddress => "no-remote-address",
+            Self::NoServicePort => "no-service-port",
             Self::PlaintextRefused => "plaintext-refused",
             Self::RegistryUnknown => "registry-unknown",
             Self::SourceAddress => "source-address",
@@ -114,6 +122,8 @@ impl fmt::Display for DenyReason {
         f.write_str(match self {
             Self::EgressDenied => "the configuration denies plaintext out of the mesh (egress)",
             Self::IdentityMismatch => "the certificate names another pod than the registry",
+            Self::NoEndpoints => "no endpoint of the service is ready",
+            Self::NoServicePort => "the service is not at this port",
             Self::NoRemoteAddress => "the destination is not the address of another machine or pod",
             Self::PlaintextRefused => {
                 "plaintext from a source that ingress.plaintext does not list"
@@ -153,12 +163,9 @@ impl Policy {
         use DenyReason as Deny;
         let (source, destination) = (source.to_canonical(), destination.ip().to_canonical());
         let allowed = || {
-            check_registered(uid, registry)?;
+            check_client(uid, source, registry)?;
             if !is_remote(destination) {
                 return Err(Deny::NoRemoteAddress);
-            }
-            if registry.by_address(source).is_none_or(|owner| owner.uid != uid) {
-                return Err(Deny::SourceAddress);
             }
             match (registry.by_address(destination), self.egress) {
                 (Some(peer), _) if peer.uid == uid => Err(Deny::NoRemoteAddress),
@@ -222,6 +229,20 @@ impl Policy {
             }
         };
         allowed().unwrap_or_else(Verdict::Deny)
+    }
+}
+
+/// Decides whether an application in the pod `uid` may open a connection from the address `source`
+/// at all.
+///
+/// # Errors
+///
+/// Why not.
+pub fn check_client(uid: &str, source: IpAddr, registry: &Snapshot) -> Result<(), DenyReason> {
+    check_registered(uid, registry)?;
+    match registry.by_address(source) {
+        Some(owner) if owner.uid == uid => Ok(()),
+        Some(_) | None => Err(DenyReason::SourceAddress),
     }
 }
 

@@ -90,6 +90,8 @@ pub struct Parties {
     pub client: Party,
     /// Who was dialled.
     pub server: Party,
+    /// The endpoint that serves the connection, if the server's address is that of a service.
+    pub endpoint: Option<SocketAddr>,
     /// What both agents call the connection. None if it never reached the tunnel.
     pub trace: Option<TraceId>,
 }
@@ -315,6 +317,16 @@ impl ConnectionGuard {
     /// Who talks to whom.
     pub fn parties(&self) -> &Parties {
         &self.connection.parties
+    }
+
+    /// Another endpoint takes on the connection, before anything was said: it still is the same one.
+    pub fn pass_to(&mut self, endpoint: SocketAddr, workload: Option<Arc<Workload>>) {
+        let Connection { parties, kind, since, started, .. } = &*self.connection;
+        let server = Party { workload, ..parties.server.clone() };
+        let parties = Parties { server, endpoint: Some(endpoint), ..parties.clone() };
+        let (kind, since, started, traffic) = (*kind, *since, *started, Traffic::default());
+        self.connection = Arc::new(Connection { parties, kind, since, traffic, started });
+        self.pod.table().open.insert(self.id, Arc::clone(&self.connection));
     }
 
     /// The connection has ended, like this. Without this call its task was aborted: by un-enrolment,

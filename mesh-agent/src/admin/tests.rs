@@ -115,6 +115,7 @@ async fn the_status_says_who_is_connected_to_whom() {
         direction: Direction::Outbound,
         client: party("10.1.0.1:4000"),
         server: party("198.51.100.1:443"),
+        endpoint: None,
         trace: Some(TraceId([1; 16])),
     };
     let guard = fixture.stats.pod("u1").open(parties, Kind::Plaintext).unwrap();

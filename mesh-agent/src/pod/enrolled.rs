@@ -385,6 +385,7 @@ impl Node {
             svid: svid.receiver(),
             registry: self.identity.snapshots(),
             policy: Arc::clone(&self.policy),
+            balancer: Arc::clone(&self.balancer),
             stats: self.stats.pod(uid),
             warned: Mutex::new(None),
             pool: self.pool.clone(),

@@ -25,6 +25,7 @@ use crate::{
         Inspect, PodFacts,
         status::{Drops, GuardLayer, Program},
     },
+    balance::Balancer,
     bpf::{Counted, Datapath, Events, GuardEvent},
     config::Config,
     identity::{Identity, Snapshot},
@@ -52,6 +53,8 @@ pub struct Node {
     pub config: Config,
     /// The operator's decisions about connections.
     pub policy: Arc<Policy>,
+    /// Which endpoint of a service a connection goes to.
+    pub balancer: Arc<Balancer>,
     /// The eBPF side.
     pub datapath: Arc<Datapath>,
     /// Who is who.

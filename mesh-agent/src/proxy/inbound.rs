@@ -45,6 +45,7 @@ pub(super) async fn connection(
         direction: Direction::Inbound,
         client: Party { address: client, workload: registry.by_address(source).cloned() },
         server: Party { address: destination, workload: registry.by_uid(&pod.uid).cloned() },
+        endpoint: None,
         trace: None,
     };
     match pod.policy.ingress_plaintext(source, &pod.uid, destination.port(), &registry) {
@@ -208,6 +209,7 @@ impl Tunnel<'_> {
             direction: Direction::Inbound,
             client: Party { address: header.source(), workload },
             server: Party { address: destination, workload: registry.by_uid(&pod.uid).cloned() },
+            endpoint: None,
             trace: Some(header.trace()),
         };
         let deny = |reason: DenyReason| {
@@ -268,7 +270,9 @@ const fn wire_reason(reason: DenyReason) -> Reason {
         DenyReason::TooManyConnections => Reason::Overloaded,
         DenyReason::EgressDenied
         | DenyReason::IdentityMismatch
+        | DenyReason::NoEndpoints
         | DenyReason::NoRemoteAddress
+        | DenyReason::NoServicePort
         | DenyReason::PlaintextRefused => Reason::Denied,
     }
 }

@@ -7,6 +7,7 @@ mod admission;
 mod inbound;
 mod outbound;
 mod peer;
+mod route;
 
 use std::{
     hash::{DefaultHasher, Hash as _, Hasher as _},
@@ -29,6 +30,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 pub(crate) use self::admission::Admission;
 use self::peer::Failed;
 use crate::{
+    balance::Balancer,
     config::Timeouts,
     identity::{Snapshot, Svid, Workload},
     pod::sockets::{Facing, PodSockets},
@@ -69,6 +71,8 @@ pub struct PodProxy {
     pub registry: watch::Receiver<Arc<Snapshot>>,
     /// Who may talk to whom.
     pub policy: Arc<Policy>,
+    /// Which endpoint of a service a connection goes to.
+    pub balancer: Arc<Balancer>,
     /// The pod's counts.
     pub stats: Arc<PodStats>,
     /// When a failure of one of the pod's tunnels was last logged as a warning.

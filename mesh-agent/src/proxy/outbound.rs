@@ -7,15 +7,17 @@ use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
 use super::{
-    ClientStream, PodProxy, TURN_PATIENCE, peer, peer::Failed, registration, reusable_until,
+    ClientStream, PodProxy, TURN_PATIENCE, peer,
+    peer::Failed,
+    registration, reusable_until,
+    route::{Denied, Route, Way},
 };
 use crate::{
     bpf::Tag,
     identity::{Svid, Workload},
-    policy::Verdict,
-    stats::{ConnectionGuard, Direction, HandshakeFailure, Kind, Parties, Party},
+    stats::{Direction, HandshakeFailure, Kind, Parties, Party},
     tunnel::{
-        AppSocket, Header, ReadAhead, Role, TraceId,
+        AppSocket, End, Header, ReadAhead, Reason, Role, TraceId, Traffic,
         pool::{Key, Proof, Tunnel},
         relay, relay_plain,
     },
@@ -23,52 +25,74 @@ use crate::{
 
 pub(super) async fn connection(
     pod: &PodProxy,
-    app: AppSocket,
+    mut app: AppSocket,
     client: SocketAddr,
     destination: SocketAddr,
 ) {
-    let registry = pod.registry();
     let trace = TraceId(rand::random());
     let mut parties = Parties {
         direction: Direction::Outbound,
-        client: Party { address: client, workload: registry.by_uid(&pod.uid).cloned() },
+        client: Party { address: client, workload: pod.registry().by_uid(&pod.uid).cloned() },
         server: Party { address: destination, workload: None },
+        endpoint: None,
         trace: None,
     };
-    match pod.policy.egress(&pod.uid, client.ip(), destination, &registry) {
-        Verdict::Deny(reason) => pod.stats.deny(&parties, reason),
-        Verdict::Plaintext(_) => {
-            if let Ok(guard) = pod.stats.open(parties, Kind::Plaintext) {
-                plaintext(pod, app, client, destination, guard).await;
-            }
+    let mut route = Route::new(pod, client.ip(), destination);
+    let mut hop = match route.first() {
+        Ok(hop) => hop,
+        Err(Denied { endpoint, reason }) => {
+            parties.endpoint = endpoint;
+            return pod.stats.deny(&parties, reason);
         }
-        Verdict::Mesh(server) => {
-            let Some(own) = parties.client.workload.clone() else { return };
-            parties.server.workload = Some(Arc::clone(&server));
-            parties.trace = Some(trace);
-            if let Ok(guard) = pod.stats.open(parties, Kind::Mtls) {
-                let tunnel = Mesh { pod, client, destination, own, server };
-                tunnel.carry(app, Header::new(client, trace), guard).await;
+    };
+    parties.endpoint = hop.endpoint();
+    parties.server.workload = hop.server().cloned();
+    parties.trace = (hop.kind() == Kind::Mtls).then_some(trace);
+    let Ok(mut guard) = pod.stats.open(parties, hop.kind()) else { return };
+    let header = Header::new(client, trace);
+    loop {
+        let Ended { why, untouched } = match &hop.way {
+            Way::Plaintext => plaintext(pod, app, client, hop.address, guard.traffic()).await,
+            Way::Mesh { own, server } => {
+                let role = match hop.replaceable {
+                    true => Role::PatientClient(header),
+                    false => Role::Client(header),
+                };
+                let mesh = Mesh { pod, client, address: hop.address, own, server };
+                mesh.carry(app, role, guard.traffic()).await
             }
-        }
+        };
+        let next = untouched.and_then(|app| Some((app, route.next(&hop)?)));
+        let Some((again, next)) = next else { return guard.finish(why) };
+        tracing::debug!(%client, %destination, from = %hop.address, to = %next.address, why, "passed on");
+        guard.pass_to(next.address, next.server().cloned());
+        (app, hop) = (again, next);
     }
+}
+
+/// How it went with one server.
+struct Ended {
+    /// In words.
+    why: String,
+    /// The application as it was, if another server can still take the connection. Dropped, it sees
+    /// a reset.
+    untouched: Option<AppSocket>,
 }
 
 async fn plaintext(
     pod: &PodProxy,
     app: AppSocket,
     client: SocketAddr,
-    destination: SocketAddr,
-    guard: ConnectionGuard,
-) {
-    let dial = pod.sockets.dial_network(client.ip(), destination, Tag::Plaintext);
-    let dialled = patient(pod.timeouts.dial, dial).await.and_then(AppSocket::new);
-    match dialled {
+    address: SocketAddr,
+    traffic: &Traffic,
+) -> Ended {
+    let dial = pod.sockets.dial_network(client.ip(), address, Tag::Plaintext);
+    match patient(pod.timeouts.dial, dial).await.and_then(AppSocket::new) {
         Ok(server) => {
-            let end = relay_plain(app, server, guard.traffic()).await;
-            guard.finish(end);
+            let end = relay_plain(app, server, traffic).await;
+            Ended { why: end.to_string(), untouched: None }
         }
-        Err(error) => guard.finish(format_args!("cannot connect: {error}")),
+        Err(error) => Ended { why: format!("cannot connect: {error}"), untouched: Some(app) },
     }
 }
 
@@ -76,31 +100,37 @@ async fn plaintext(
 struct Mesh<'a> {
     pod: &'a PodProxy,
     client: SocketAddr,
-    destination: SocketAddr,
-    own: Arc<Workload>,
-    server: Arc<Workload>,
+    /// What is dialled.
+    address: SocketAddr,
+    own: &'a Workload,
+    server: &'a Workload,
 }
 
 impl Mesh<'_> {
-    async fn carry(&self, mut app: AppSocket, header: Header, guard: ConnectionGuard) {
+    async fn carry(&self, mut app: AppSocket, role: Role, traffic: &Traffic) -> Ended {
         loop {
             let (mut tunnel, pooled) = match self.tunnel().await {
                 Ok(found) => found,
                 Err(failed) => {
-                    self.pod.no_tunnel(Direction::Outbound, self.destination, &failed);
-                    return guard.finish(failed);
+                    self.pod.no_tunnel(Direction::Outbound, self.address, &failed);
+                    // Without a certificate of its own, the pod gets nowhere else either.
+                    let elsewhere = failed.kind != HandshakeFailure::NoCertificate;
+                    let untouched = elsewhere.then_some(app);
+                    return Ended { why: failed.to_string(), untouched };
                 }
             };
-            let role = Role::Client(header);
-            let outcome = relay(app, &mut tunnel.stream, role, guard.traffic()).await;
+            let outcome = relay(app, &mut tunnel.stream, role, traffic).await;
+            if outcome.reusable {
+                self.pod.pool.put(tunnel);
+            }
             match outcome.untouched {
                 // The server closed the tunnel while it was idle, and we had not noticed yet.
-                Some(untouched) if pooled => app = untouched,
-                Some(_) | None => {
-                    if outcome.reusable {
-                        self.pod.pool.put(tunnel);
-                    }
-                    return guard.finish(outcome.end);
+                Some(untouched) if pooled && matches!(outcome.end, End::TunnelLost(_)) => {
+                    app = untouched;
+                }
+                untouched => {
+                    let untouched = untouched.filter(|_| may_try_elsewhere(&outcome.end));
+                    return Ended { why: outcome.end.to_string(), untouched };
                 }
             }
         }
@@ -113,12 +143,12 @@ impl Mesh<'_> {
             Failed::new(HandshakeFailure::NoCertificate, detail)
         })?;
         let (client, source) = (Arc::clone(&self.pod.uid), self.client.ip());
-        let key = Key { client, source, destination: self.destination };
+        let key = Key { client, source, destination: self.address };
         let proof = Proof {
             certificate: svid.generation,
             // A change of the bundle makes another generation.
             bundle: 0,
-            registration: registration([&self.own, &self.server]),
+            registration: registration([self.own, self.server]),
         };
         match self.pod.pool.take(&key, proof) {
             Some(pooled) => Ok((pooled, true)),
@@ -132,8 +162,8 @@ impl Mesh<'_> {
         key: Key,
         proof: Proof,
     ) -> Result<Tunnel<ClientStream>, Failed> {
-        let Self { pod, client, destination, server, .. } = self;
-        let place = pod.leaving.enter(destination.ip());
+        let Self { pod, client, address, server, .. } = self;
+        let place = pod.leaving.enter(address.ip());
         let busy = |_| {
             let detail = "too many connections wait for a handshake with this peer";
             Failed::new(HandshakeFailure::Overloaded, detail)
@@ -142,13 +172,13 @@ impl Mesh<'_> {
         // Before the peer hears of it: what it has accepted counts there.
         let share = timeout(TURN_PATIENCE, place.share()).await.map_err(busy)?;
         let _share = share.map_err(closed)?;
-        let dial = pod.sockets.dial_network(client.ip(), *destination, Tag::Tunnel);
+        let dial = pod.sockets.dial_network(client.ip(), *address, Tag::Tunnel);
         let tcp = patient(pod.timeouts.dial, dial)
             .await
             .map_err(|error| Failed::new(HandshakeFailure::Unreachable, error.to_string()))?;
         // Not before, or peers that nobody answers for would take every turn.
         let _turn = place.turn().await.map_err(closed)?;
-        let name = ServerName::IpAddress(destination.ip().into());
+        let name = ServerName::IpAddress(address.ip().into());
         let connect =
             TlsConnector::from(Arc::clone(&svid.client)).connect(name, ReadAhead::new(tcp));
         let stream = patient(pod.timeouts.handshake, connect).await.map_err(|e| Failed::tls(&e))?;
@@ -157,6 +187,13 @@ impl Mesh<'_> {
         pod.stats.handshake(Direction::Outbound);
         Ok(Tunnel { key, proof, not_after: reusable_until([&leaf, &svid.leaf]), stream })
     }
+}
+
+/// Whether another endpoint may be asked when one has not taken the connection. The answer of its
+/// policy is an answer.
+fn may_try_elsewhere(end: &End) -> bool {
+    let answered = |reason: Reason| matches!(reason, Reason::Denied | Reason::WrongSource);
+    !matches!(end, End::Refused(refusal) if answered(refusal.reason()))
 }
 
 /// Waits for at most `limit`.

@@ -1,5 +1,7 @@
 //! The access log: one line per finished or refused connection, target `access`.
 
+use std::net::SocketAddr;
+
 use tracing::{
     field::{DisplayValue, display},
     info,
@@ -15,12 +17,14 @@ struct Fields<'a> {
     direction: &'static str,
     client: &'a Party,
     server: &'a Party,
+    endpoint: Option<DisplayValue<SocketAddr>>,
     trace: Option<DisplayValue<TraceId>>,
 }
 
 impl<'a> From<&'a Parties> for Fields<'a> {
-    fn from(Parties { direction, client, server, trace }: &'a Parties) -> Self {
-        Self { direction: direction.name(), client, server, trace: trace.map(display) }
+    fn from(Parties { direction, client, server, endpoint, trace }: &'a Parties) -> Self {
+        let (endpoint, trace) = (endpoint.map(display), trace.map(display));
+        Self { direction: direction.name(), client, server, endpoint, trace }
     }
 }
 
@@ -33,7 +37,7 @@ fn uid(party: &Party) -> Option<&str> {
 }
 
 pub(super) fn log_finished(connection: &Connection, end: &str) {
-    let Fields { direction, client, server, trace } = Fields::from(&connection.parties);
+    let Fields { direction, client, server, endpoint, trace } = Fields::from(&connection.parties);
     info!(
         target: TARGET,
         direction,
@@ -44,6 +48,7 @@ pub(super) fn log_finished(connection: &Connection, end: &str) {
         server = %server.address,
         server_id = identity(server),
         server_uid = uid(server),
+        endpoint,
         from_client = connection.traffic.from_client(),
         from_server = connection.traffic.from_server(),
         duration_ms = u64::try_from(connection.started.elapsed().as_millis()).unwrap_or(u64::MAX),
@@ -53,7 +58,7 @@ pub(super) fn log_finished(connection: &Connection, end: &str) {
 }
 
 pub(super) fn log_denied(parties: &Parties, reason: DenyReason) {
-    let Fields { direction, client, server, trace } = Fields::from(parties);
+    let Fields { direction, client, server, endpoint, trace } = Fields::from(parties);
     info!(
         target: TARGET,
         direction,
@@ -64,6 +69,7 @@ pub(super) fn log_denied(parties: &Parties, reason: DenyReason) {
         server = %server.address,
         server_id = identity(server),
         server_uid = uid(server),
+        endpoint,
         reason = reason.name(),
         end = %reason,
         trace,

@@ -22,6 +22,7 @@ fn parties(direction: Direction) -> Parties {
         direction,
         client: party("10.1.0.1:40000", Some("client")),
         server: party("[fd00::2]:80", Some("server")),
+        endpoint: None,
         trace: Some(TraceId([0xab; 16])),
     }
 }
@@ -133,6 +134,31 @@ fn every_finished_connection_has_one_line() {
     let third = lines.next().unwrap();
     assert_eq!((&third["kind"], &third["reason"]), (&"denied".into(), &"egress-denied".into()));
     assert_eq!(lines.next(), None);
+}
+
+#[test]
+fn a_connection_that_is_passed_on_counts_once() {
+    let pod = Stats::new(1).pod("client-uid");
+    let service = Party { workload: None, ..party("10.96.0.1:80", None) };
+    let endpoint = Some("10.1.0.2:8080".parse().unwrap());
+    let parties = Parties { server: service, endpoint, ..parties(Direction::Outbound) };
+    let lines = access_log(|| {
+        let mut guard = pod.open(parties, Kind::Mtls).unwrap();
+        let other = party("10.1.0.3:8080", Some("other"));
+        guard.pass_to(other.address, other.workload);
+        guard.traffic().set(5, 7);
+        let expected = Totals { open: 1, opened: 1, from_client: 5, from_server: 7 };
+        assert_eq!(totals(&pod, Direction::Outbound, Kind::Mtls), expected);
+        assert_eq!(pod.connections()[0].parties.endpoint, Some(other.address));
+        guard.finish("finished");
+        assert!(pod.connections().is_empty());
+    });
+    let [line] = &lines[..] else { panic!("{lines:#?}") };
+    assert_eq!(
+        (&line["server"], &line["endpoint"]),
+        (&"10.96.0.1:80".into(), &"10.1.0.3:8080".into())
+    );
+    assert_eq!((&line["server_uid"], &line["from_client"]), (&"other-uid".into(), &5.into()));
 }
 
 #[test]
