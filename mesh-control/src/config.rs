@@ -53,6 +53,8 @@ pub struct Config {
     #[serde(default, deserialize_with = "some_absolute")]
     registry_dir: Option<PathBuf>,
     #[serde(default, deserialize_with = "some_absolute")]
+    services_dir: Option<PathBuf>,
+    #[serde(default, deserialize_with = "some_absolute")]
     bundle_dir: Option<PathBuf>,
     /// Where agents connect: gRPC over mutual TLS.
     #[serde(default = "listen")]
@@ -125,9 +127,19 @@ impl Config {
         self.registry_dir.clone().unwrap_or_else(|| self.state_dir.join("registry"))
     }
 
+    /// The directory of service files.
+    pub fn services_dir(&self) -> PathBuf {
+        self.services_dir.clone().unwrap_or_else(|| self.state_dir.join("services"))
+    }
+
     /// The directory of further roots.
     pub fn bundle_dir(&self) -> PathBuf {
         self.bundle_dir.clone().unwrap_or_else(|| self.state_dir.join("bundle"))
+    }
+
+    /// The operator's directories, of which every change counts.
+    pub fn watched_dirs(&self) -> [PathBuf; 3] {
+        [self.registry_dir(), self.services_dir(), self.bundle_dir()]
     }
 }
 
@@ -263,10 +275,8 @@ mod tests {
             .fold(String::new(), |text, line| text + line + "\n");
         let mut all = load(&uncommented).unwrap();
         assert!(all.ca.take().is_some(), "the example shows an operator's CA");
-        assert_eq!((all.registry_dir(), all.bundle_dir()), {
-            (expected.registry_dir(), expected.bundle_dir())
-        });
-        (all.registry_dir, all.bundle_dir) = (None, None);
+        assert_eq!(all.watched_dirs(), expected.watched_dirs());
+        (all.registry_dir, all.services_dir, all.bundle_dir) = (None, None, None);
         assert_eq!(all, expected);
     }
 

@@ -29,6 +29,7 @@ use crate::{
     metrics::Metrics,
     refusal::Refusal,
     registry::{self, Problem, Registry, Workload},
+    services::{self, Services},
     sessions::Sessions,
     snapshot::Publisher,
     tokens::Tokens,
@@ -59,6 +60,12 @@ pub struct Control {
 pub struct View {
     /// The workloads.
     pub registry: Registry,
+    /// What each service file says.
+    pub service_files: services::Files,
+    /// The services in force.
+    pub services: Services,
+    /// Services, and addresses of services, that have no effect.
+    pub service_problems: Vec<Problem>,
     /// The roots.
     pub bundle: Arc<TrustBundle>,
     /// Files of roots that have no effect.
@@ -106,7 +113,7 @@ impl Control {
         let dir = &config.state_dir;
         let named = |path: &std::path::Path| path.display().to_string();
         files::private_dir(dir).with_context(|| format!("state_dir {}", named(dir)))?;
-        for dir in [config.registry_dir(), config.bundle_dir()] {
+        for dir in config.watched_dirs() {
             std::fs::create_dir_all(&dir).with_context(|| format!("creating {}", named(&dir)))?;
         }
         let authority = ca::open(&config, now).context("the certificate authority")?;
@@ -125,6 +132,9 @@ impl Control {
             files: Mutex::new(()),
             view: ArcSwap::from_pointee(View {
                 registry: Registry::default(),
+                service_files: services::Files::default(),
+                services: Services::default(),
+                service_problems: Vec::new(),
                 bundle: Arc::new(bundle),
                 bundle_problems: Vec::new(),
                 unreadable: Vec::new(),
@@ -176,14 +186,14 @@ impl Control {
         self.maintenance.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Reads both directories anew and publishes what they say. Blocks on the file system.
+    /// Reads all directories anew and publishes what they say. Blocks on the file system.
     pub fn reload(&self) {
         let _one_at_a_time = self.files.lock().unwrap_or_else(PoisonError::into_inner);
         self.reload_locked();
     }
 
     fn reload_locked(&self) {
-        let (registry_dir, bundle_dir) = (self.config.registry_dir(), self.config.bundle_dir());
+        let [registry_dir, services_dir, bundle_dir] = self.config.watched_dirs();
         let before = self.view.load();
         let mut unreadable = Vec::new();
         let mut failed = |dir: &std::path::Path, error: io::Error| {
@@ -197,6 +207,16 @@ impl Control {
                 before.registry.clone()
             }
         };
+        let service_files = match files::sources(&services_dir, &["yaml", "yml"]) {
+            Ok(sources) => services::Files::read(sources),
+            Err(error) => {
+                failed(&services_dir, error);
+                before.service_files.clone()
+            }
+        };
+        let (services, conflicts) =
+            services::resolve(&service_files.claims, &service_files.nodes, &registry);
+        let service_problems = [service_files.problems.as_slice(), &conflicts].concat();
         let (bundle, bundle_problems) = match files::sources(&bundle_dir, &["pem", "crt"]) {
             Ok(sources) => {
                 let (td, root) = (&self.config.trust_domain, self.authority.root());
@@ -208,7 +228,15 @@ impl Control {
                 (Arc::clone(&before.bundle), before.bundle_problems.clone())
             }
         };
-        let view = View { registry, bundle, bundle_problems, unreadable };
+        let view = View {
+            registry,
+            service_files,
+            services,
+            service_problems,
+            bundle,
+            bundle_problems,
+            unreadable,
+        };
         log_changes(&before, &view);
         let seconds = self.config.svid_lifetime.as_secs();
         let settings =
@@ -216,7 +244,7 @@ impl Control {
         let view = Arc::new(view);
         // First what requests are judged by, then what agents are told: an agent may ask at once.
         self.view.store(Arc::clone(&view));
-        self.publisher.publish(&view.bundle, &view.registry, settings);
+        self.publisher.publish(&view.bundle, &view.registry, &view.services, settings);
     }
 
     /// Registers a workload, or changes the one that was registered like this before. It is in
@@ -441,8 +469,12 @@ fn log_changes(before: &View, after: &View) {
     }
     let new_in_bundle =
         after.bundle_problems.iter().filter(|p| !before.bundle_problems.contains(p));
+    let new_in_services =
+        after.service_problems.iter().filter(|p| !before.service_problems.contains(p));
     let new_dirs = after.unreadable.iter().filter(|p| !before.unreadable.contains(p));
-    for problem in changes.problems.into_iter().chain(new_in_bundle).chain(new_dirs) {
+    for problem in
+        changes.problems.into_iter().chain(new_in_services).chain(new_in_bundle).chain(new_dirs)
+    {
         tracing::warn!(file = problem.file, reason = problem.reason, "no effect");
     }
     if before.bundle.roots != after.bundle.roots {

@@ -18,6 +18,7 @@ pub mod registry;
 pub mod run;
 pub mod server;
 pub mod service;
+pub mod services;
 pub mod sessions;
 pub mod snapshot;
 pub mod status;

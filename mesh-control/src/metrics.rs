@@ -31,7 +31,9 @@ pub struct Gauges {
     pub agents_out_of_sync: Gauge,
     /// Workloads in force.
     pub workloads: Gauge,
-    /// Files of the registry and the trust bundle that have no effect.
+    /// Services in force.
+    pub services: Gauge,
+    /// Files of the registry, the services and the trust bundle that have no effect.
     pub problems: Gauge,
     /// The present snapshot.
     pub snapshot_version: Gauge,
@@ -56,9 +58,10 @@ impl Default for Metrics {
                 &gauges.agents_out_of_sync,
             ),
             ("workloads", "Workloads in force", &gauges.workloads),
+            ("services", "Services in force", &gauges.services),
             (
                 "configuration_problems",
-                "Files of the registry and the trust bundle that have no effect",
+                "Files of the registry, the services and the trust bundle that have no effect",
                 &gauges.problems,
             ),
             ("snapshot_version", "Version of the present snapshot", &gauges.snapshot_version),

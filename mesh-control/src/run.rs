@@ -50,7 +50,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         .with_context(|| format!("admin_socket {}", config.admin_socket.display()))?;
 
     let reloading = Arc::clone(&control);
-    let dirs = vec![config.registry_dir(), config.bundle_dir()];
+    let dirs = config.watched_dirs().to_vec();
     tokio::spawn(watch::watch(dirs, move || reloading.reload()));
     tokio::spawn(maintain(Arc::clone(&control)));
     let admin = tokio::spawn(admin::serve(Arc::clone(&control), admin_listener, shutdown.clone()));

@@ -5,7 +5,7 @@ use std::{io, path::Path, sync::Arc};
 use mesh_common::{api, svid::TrustBundle};
 use tokio::sync::watch;
 
-use crate::{files, registry::Registry};
+use crate::{files, registry::Registry, services::Services};
 
 /// Every start of the server takes a block of this many versions.
 const BLOCK: u64 = 1 << 32;
@@ -36,12 +36,21 @@ impl Publisher {
         &self,
         bundle: &TrustBundle,
         registry: &Registry,
+        services: &Services,
         settings: api::Settings,
     ) -> bool {
         let bundle = Some(bundle.to_api());
         let workloads = registry.workloads().map(super::registry::Workload::to_api).collect();
-        let mut next =
-            api::Snapshot { bundle, workloads, settings: Some(settings), ..Default::default() };
+        let Services { services, slices, nodes } = services.clone();
+        let mut next = api::Snapshot {
+            bundle,
+            workloads,
+            settings: Some(settings),
+            services,
+            endpoint_slices: slices,
+            nodes,
+            ..Default::default()
+        };
         self.0.send_if_modified(|present| {
             next.version = present.version;
             if next == **present {
@@ -76,7 +85,8 @@ mod tests {
         let roots = vec![CertificateDer::from(vec![root])];
         let bundle = TrustBundle { trust_domain: "mesh.example".parse().unwrap(), roots };
         let settings = api::Settings { svid_lifetime_seconds: 10 };
-        (publisher.publish(&bundle, &Registry::default(), settings), publisher.version())
+        let (registry, services) = (Registry::default(), Services::default());
+        (publisher.publish(&bundle, &registry, &services, settings), publisher.version())
     }
 
     #[test]

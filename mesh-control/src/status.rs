@@ -36,8 +36,12 @@ pub struct Status {
     pub snapshot_version: u64,
     /// Workloads in force.
     pub workloads: u64,
+    /// Services in force.
+    pub services: u64,
     /// Files of the registry that have no effect.
     pub registry_problems: Vec<Problem>,
+    /// Services, and addresses of services, that have no effect.
+    pub service_problems: Vec<Problem>,
     /// Files of roots that have no effect.
     pub bundle_problems: Vec<Problem>,
     /// Agents that are connected, by node.
@@ -105,7 +109,8 @@ pub fn gather(control: &Control, now: SystemTime) -> Status {
             .map(|error| format!("the control plane's certificates cannot be renewed: {error}")),
     );
     let problems = view.unreadable.iter().chain(view.registry.problems());
-    degraded.extend(problems.chain(&view.bundle_problems).map(Problem::to_string));
+    let problems = problems.chain(&view.service_problems).chain(&view.bundle_problems);
+    degraded.extend(problems.map(Problem::to_string));
     degraded
         .extend(sessions.iter().filter_map(|(node, s)| lagging(node, s, snapshot_version, now)));
     degraded.extend(nodes_without_agent.iter().map(|node| {
@@ -126,7 +131,9 @@ pub fn gather(control: &Control, now: SystemTime) -> Status {
         trust_bundle: view.bundle.fingerprints().iter().map(ToString::to_string).collect(),
         snapshot_version,
         workloads: view.registry.workloads().len() as u64,
+        services: view.services.services.len() as u64,
         registry_problems: view.registry.problems().to_vec(),
+        service_problems: view.service_problems.clone(),
         bundle_problems: view.bundle_problems.clone(),
         agents: sessions
             .into_iter()
@@ -180,7 +187,9 @@ pub fn update_gauges(control: &Control, now: SystemTime) {
     gauges.agents_connected.set(count(status.agents.len()));
     gauges.agents_out_of_sync.set(count(status.agents.values().filter(|a| !a.in_sync).count()));
     gauges.workloads.set(i64::try_from(status.workloads).unwrap_or(i64::MAX));
-    gauges.problems.set(count(status.registry_problems.len() + status.bundle_problems.len()));
+    gauges.services.set(i64::try_from(status.services).unwrap_or(i64::MAX));
+    let problems = [&status.registry_problems, &status.service_problems, &status.bundle_problems];
+    gauges.problems.set(count(problems.into_iter().map(Vec::len).sum()));
     gauges.snapshot_version.set(i64::try_from(status.snapshot_version).unwrap_or(i64::MAX));
     gauges.root_not_after.set(status.ca.root_not_after.unix_timestamp());
     gauges.issuer_not_after.set(status.ca.issuer_not_after.unix_timestamp());
@@ -207,7 +216,11 @@ impl fmt::Display for Status {
         let by = if self.ca.issuer_renews_itself { "itself" } else { "the operator" };
         writeln!(f, "issuing CA    until {}, renewed by {by}", time(self.ca.issuer_not_after)?)?;
         writeln!(f, "trust bundle  {} root(s)", self.trust_bundle.len())?;
-        writeln!(f, "snapshot      {}, {} workload(s)", self.snapshot_version, self.workloads)?;
+        let Self { snapshot_version, workloads, services, .. } = self;
+        writeln!(
+            f,
+            "snapshot      {snapshot_version}, {workloads} workload(s), {services} service(s)"
+        )?;
         writeln!(f, "issued        {}", list(&self.issued))?;
         writeln!(f, "refused       {}", list(&self.refused))?;
         writeln!(f, "join tokens   {} open", self.open_tokens)?;

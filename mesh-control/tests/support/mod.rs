@@ -59,7 +59,7 @@ impl Lab {
         let text = format!("trust_domain: mesh.example\nstate_dir: {}\n{more}", state.display());
         fs::write(&path, text).unwrap();
         let config = Config::load(&path).unwrap();
-        let dirs = vec![config.registry_dir(), config.bundle_dir()];
+        let dirs = config.watched_dirs().to_vec();
         let control = Arc::new(Control::open(config, SystemTime::now()).unwrap());
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
