@@ -144,7 +144,11 @@ pub fn relay(data: &[u8]) {
     let mut wire = Wire { input: received.to_vec(), closes, shown: 0, output: Vec::new(), cuts };
     let source = SocketAddr::from(([192, 0, 2, 1], 40_000));
     let header = Header::new(source, TraceId([7; 16]));
-    let role = if client { Role::Client(header) } else { Role::Server };
+    let role = match (client, role & 4 == 0) {
+        (true, true) => Role::Client(header),
+        (true, false) => Role::PatientClient(header),
+        (false, _) => Role::Server,
+    };
     let traffic = Traffic::default();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
     let runtime = runtime.expect("a runtime without IO needs nothing");

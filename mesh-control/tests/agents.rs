@@ -254,6 +254,34 @@ async fn snapshots_come_at_once_and_after_each_change() {
 }
 
 #[tokio::test]
+async fn services_reach_agents_without_what_contradicts() {
+    let lab = Lab::start().await;
+    let mut node = lab.node("n1").await;
+    let mut watch = Watch::open(&mut node).await;
+    assert!(watch.next().await.services.is_empty());
+
+    let text = "namespace: shop\nname: cart\naddresses: [10.96.0.1, 10.0.0.1]\n\
+                ports: [{port: 80}]\nendpoints: [{address: 10.0.0.7, ports: 8080, node: n1, zone: z}]\n";
+    fs::write(lab.state("services/cart.yaml"), text).unwrap();
+    let snapshot = watch.next().await;
+    assert_eq!(snapshot.services[0].addresses, ["10.96.0.1", "10.0.0.1"]);
+    assert_eq!(snapshot.endpoint_slices[0].endpoints[0].address, "10.0.0.7");
+    assert_eq!((&*snapshot.nodes[0].name, &*snapshot.nodes[0].zone), ("n1", "z"));
+    let status = || status::gather(&lab.control, SystemTime::now());
+    assert_eq!((status().services, status().service_problems.len()), (1, 0));
+
+    lab.register("u1", "n1", "10.0.0.1").await;
+    assert_eq!(watch.next().await.services[0].addresses, ["10.96.0.1"]);
+    let found = status();
+    assert_eq!(found.service_problems[0].file, "cart.yaml");
+    assert!(found.degraded.iter().any(|why| why.contains("10.0.0.1")), "{:?}", found.degraded);
+
+    fs::write(lab.state("services/cart.yaml"), "?").unwrap();
+    let gone = watch.next().await;
+    assert!(gone.services.is_empty() && gone.endpoint_slices.is_empty() && gone.nodes.is_empty());
+}
+
+#[tokio::test]
 async fn an_acknowledgement_of_what_was_never_sent_does_not_count() {
     let lab = Lab::start().await;
     let mut node = lab.node("n1").await;

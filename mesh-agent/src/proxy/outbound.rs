@@ -54,9 +54,10 @@ pub(super) async fn connection(
         let Ended { why, untouched } = match &hop.way {
             Way::Plaintext => plaintext(pod, app, client, hop.address, guard.traffic()).await,
             Way::Mesh { own, server } => {
-                let role = match hop.replaceable {
-                    true => Role::PatientClient(header),
-                    false => Role::Client(header),
+                let role = if hop.replaceable {
+                    Role::PatientClient(header)
+                } else {
+                    Role::Client(header)
                 };
                 let mesh = Mesh { pod, client, address: hop.address, own, server };
                 mesh.carry(app, role, guard.traffic()).await
@@ -64,7 +65,8 @@ pub(super) async fn connection(
         };
         let next = untouched.and_then(|app| Some((app, route.next(&hop)?)));
         let Some((again, next)) = next else { return guard.finish(why) };
-        tracing::debug!(%client, %destination, from = %hop.address, to = %next.address, why, "passed on");
+        let (from, to) = (hop.address, next.address);
+        tracing::debug!(%client, %destination, %from, %to, why, "passed on to another endpoint");
         guard.pass_to(next.address, next.server().cloned());
         (app, hop) = (again, next);
     }

@@ -118,6 +118,18 @@ impl Control {
         Ok(())
     }
 
+    /// Puts the file of a service in place, and waits until what it says is in force. It must say
+    /// something new.
+    pub fn serve(&self, name: &str, text: &str) -> Result<()> {
+        let version = || self.status().ok()?["snapshot_version"].as_u64();
+        let before = version();
+        let path = self.state.join("services").join(format!("{name}.yaml"));
+        let hidden = path.with_file_name(format!(".{name}.yaml"));
+        fs::write(&hidden, text)?;
+        fs::rename(&hidden, &path)?;
+        until("the service to be in force", || (version()? > before?).then_some(()))
+    }
+
     /// A join token for a node.
     pub fn token(&self, node: &str) -> Result<String> {
         Ok(self.cli(&["token", "create", "--node", node])?.trim().to_owned())

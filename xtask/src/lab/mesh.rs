@@ -92,6 +92,12 @@ impl Mesh {
         })
     }
 
+    /// Puts a service into force, or changes it, and waits until every agent knows.
+    pub fn serve(&self, name: &str, text: &str) -> Result<()> {
+        self.control.serve(name, text)?;
+        self.wait_synced()
+    }
+
     /// Waits until a pod has its certificate.
     pub fn wait_certified(&self, pod: &Pod) -> Result<()> {
         let agent = self.agent_of(pod)?;
