@@ -22,6 +22,7 @@ use crate::{
         source::{PodSource as _, directory::DirectorySource},
     },
     stats::Stats,
+    sys::socket::netns_cookie_here,
     tunnel::{Pool, PoolLimits},
 };
 
@@ -46,7 +47,9 @@ pub fn run(config: Config) -> Result<()> {
         let files = node::raise_file_limit()?;
         let server = Server::bind(&config.admin_socket(), config.http_listen).await?;
         let cgroup = config.cgroup.clone().map_or_else(node::cgroup2_root, Ok)?;
-        let (datapath, events) = Datapath::open(&config.bpffs, &cgroup)?;
+        let host = config.ingress.host_probes.then(netns_cookie_here).transpose();
+        let host = host.context("asking for the agent's own network namespace")?;
+        let (datapath, events) = Datapath::open(&config.bpffs, &cgroup, host)?;
         tracing::info!(
             node = config.node,
             files,

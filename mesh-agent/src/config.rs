@@ -259,6 +259,9 @@ impl<'de> Deserialize<'de> for Endpoint {
 pub struct Ingress {
     /// Plaintext that is let in: health checks.
     pub plaintext: Vec<PlaintextIngress>,
+    /// Connections of the node itself reach applications as they are, past the agent: kubelet's
+    /// health checks. Everything on the node's own network is the node.
+    pub host_probes: bool,
 }
 
 /// What happens to a pod's UDP, which is not captured. Port 53 is always allowed.

@@ -34,7 +34,7 @@ fn cgroup2() -> PathBuf {
 #[tokio::test]
 async fn programs_load_and_pins_come_and_go() {
     let bpffs = BpfFs::new("load");
-    let (datapath, _events) = Datapath::open(&bpffs.0, &cgroup2()).unwrap();
+    let (datapath, _events) = Datapath::open(&bpffs.0, &cgroup2(), None).unwrap();
     let config = PodConfig {
         addresses: [[0; 16]; MAX_POD_ADDRESSES],
         address_count: 0,
@@ -70,7 +70,7 @@ async fn programs_load_and_pins_come_and_go() {
     });
     assert_eq!(datapath.guarded().unwrap(), [cookie]);
     // A second agent finds and takes over what the first one pinned.
-    let (datapath, _events) = Datapath::open(&bpffs.0, &cgroup2()).unwrap();
+    let (datapath, _events) = Datapath::open(&bpffs.0, &cgroup2(), None).unwrap();
     assert_eq!(datapath.configuration(cookie).unwrap(), Some(config));
     datapath.release(cookie).unwrap();
     assert!(datapath.guarded().unwrap().is_empty());

@@ -24,6 +24,10 @@ pub const MAX_POD_ADDRESSES: usize = 8;
 /// How many pods one node can have. Kubernetes' default limit is 110.
 pub const MAX_PODS: u32 = 4096;
 
+/// How many connections that the node itself opened are remembered; the least recently used go
+/// first, and with it the pod's answers stop. Some 3 MB.
+pub const MAX_HOST_FLOWS: u32 = 32_768;
+
 /// Index of a pod's outbound listener in its `LISTENERS` map.
 pub const OUTBOUND_LISTENER: u32 = 0;
 
@@ -73,6 +77,24 @@ pub struct PodConfig {
 }
 
 const _: () = assert!(size_of::<PodConfig>() == 16 * MAX_POD_ADDRESSES + 16);
+
+/// A TCP connection, by its ends: the key of the map `HOST_FLOWS`, of those that the node itself
+/// opened. The value is when it was closed, in nanoseconds of the monotonic clock; 0 while it is
+/// open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Flow {
+    /// The address that it was opened from.
+    pub client: Address,
+    /// The address that it was opened to.
+    pub server: Address,
+    /// The port that it was opened from.
+    pub client_port: u16,
+    /// The port that it was opened to.
+    pub server_port: u16,
+}
+
+const _: () = assert!(size_of::<Flow>() == 36);
 
 /// Where a verdict was made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -234,4 +256,6 @@ mod pod {
     unsafe impl aya::Pod for super::PodConfig {}
     // SAFETY: the same.
     unsafe impl aya::Pod for super::PodCounters {}
+    // SAFETY: the same.
+    unsafe impl aya::Pod for super::Flow {}
 }

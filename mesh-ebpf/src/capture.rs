@@ -1,7 +1,7 @@
 //! Which connections go to the agent. Pure decisions.
 
 use mesh_common::abi::{
-    Address, MAX_POD_ADDRESSES, POD_HAS_V4, POD_HAS_V6, PodConfig, Reason, V4_MAPPED_PREFIX,
+    Address, Flow, MAX_POD_ADDRESSES, POD_HAS_V4, POD_HAS_V6, PodConfig, Reason, V4_MAPPED_PREFIX,
 };
 
 const LOOPBACK_IFINDEX: u32 = 1;
@@ -60,10 +60,8 @@ pub(crate) fn connect<S: Connecting>(
 pub(crate) struct Lookup {
     pub(crate) protocol: u32,
     pub(crate) ingress_ifindex: u32,
-    /// Where it comes from.
-    pub(crate) remote: Address,
-    /// Where it wants to go.
-    pub(crate) local: Address,
+    /// Where it says it comes from, and where it wants to go.
+    pub(crate) flow: Flow,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,21 +72,28 @@ pub(crate) enum Steer {
     Inbound,
 }
 
-/// Who receives an incoming connection in `pod`.
+/// Who receives an incoming connection in `pod`; `host_connects` tells whether the node itself is
+/// opening one, or has it open.
 #[inline(always)]
-pub(crate) fn steer(pod: Option<&PodConfig>, lookup: &Lookup) -> Result<Steer, Reason> {
-    if lookup.protocol != IPPROTO_TCP || is_loopback(&lookup.local) {
+pub(crate) fn steer(
+    pod: Option<&PodConfig>,
+    lookup: &Lookup,
+    host_connects: impl FnOnce(&Flow) -> bool,
+) -> Result<Steer, Reason> {
+    let Lookup { flow, .. } = lookup;
+    if lookup.protocol != IPPROTO_TCP || is_loopback(&flow.server) {
         return Ok(Steer::Leave);
     }
     let pod = pod.ok_or(Reason::Unconfigured)?;
+    let to_itself = is_own(pod, &flow.server);
     if lookup.ingress_ifindex == LOOPBACK_IFINDEX {
         // To the pod itself over loopback comes only the agent, for a client outside.
-        return Ok(if is_own(pod, &lookup.local) { Steer::Leave } else { Steer::Outbound });
+        return Ok(if to_itself { Steer::Leave } else { Steer::Outbound });
     }
     // A pod that talks to its own address: the kernel names the device of that address, though
     // the packet came by loopback. From outside, IPv4 drops such sources (rp_filter or not), and
     // with IPv6 the answer goes to the pod itself, so that no connection comes about.
-    if is_own(pod, &lookup.local) && is_own(pod, &lookup.remote) {
+    if to_itself && (is_own(pod, &flow.client) || host_connects(flow)) {
         return Ok(Steer::Leave);
     }
     Ok(Steer::Inbound)
@@ -100,7 +105,7 @@ fn is_local(pod: &PodConfig, address: &Address) -> bool {
 }
 
 #[inline(always)]
-fn is_own(pod: &PodConfig, address: &Address) -> bool {
+pub(crate) fn is_own(pod: &PodConfig, address: &Address) -> bool {
     for index in 0..MAX_POD_ADDRESSES {
         if index as u32 >= pod.address_count {
             return false;
@@ -113,7 +118,7 @@ fn is_own(pod: &PodConfig, address: &Address) -> bool {
 }
 
 #[inline(always)]
-fn is_loopback(address: &Address) -> bool {
+pub(crate) fn is_loopback(address: &Address) -> bool {
     if is_v4(address) { address[12] == 127 } else { word(address, 0) == 0 && tail(address) == 1 }
 }
 
@@ -261,10 +266,14 @@ mod tests {
         assert_eq!(to(without(POD_HAS_V4), "10.1.0.3"), Err(Reason::NoAddress));
     }
 
-    fn arrives(ifindex: u32, remote: &str, local: &str) -> Result<Steer, Reason> {
-        let (remote, local) = (address(remote), address(local));
-        let lookup = Lookup { protocol: IPPROTO_TCP, ingress_ifindex: ifindex, remote, local };
-        steer(Some(&pod()), &lookup)
+    fn lookup(ifindex: u32, client: &str, server: &str) -> Lookup {
+        let (client, server) = (address(client), address(server));
+        let flow = Flow { client, server, client_port: 40_000, server_port: 80 };
+        Lookup { protocol: IPPROTO_TCP, ingress_ifindex: ifindex, flow }
+    }
+
+    fn arrives(ifindex: u32, client: &str, server: &str) -> Result<Steer, Reason> {
+        steer(Some(&pod()), &lookup(ifindex, client, server), |_| false)
     }
 
     #[test]
@@ -283,9 +292,20 @@ mod tests {
     }
 
     #[test]
+    fn the_host_s_own_connections_find_the_application() {
+        let steer = |ifindex, client, server, port| {
+            let host = Flow { client_port: port, ..lookup(2, "10.1.0.1", "10.1.0.2").flow };
+            steer(Some(&pod()), &lookup(ifindex, client, server), |flow| *flow == host)
+        };
+        assert_eq!(steer(2, "10.1.0.1", "10.1.0.2", 40_000), Ok(Steer::Leave));
+        // Its address alone is no proof, and it has no business with captured connections.
+        assert_eq!(steer(2, "10.1.0.1", "10.1.0.2", 40_001), Ok(Steer::Inbound));
+        assert_eq!(steer(1, "10.1.0.1", "10.1.0.3", 40_000), Ok(Steer::Outbound));
+    }
+
+    #[test]
     fn without_a_configuration_everything_is_dropped() {
-        let (remote, local) = (address("10.1.0.3"), address("10.1.0.2"));
-        let lookup = Lookup { protocol: IPPROTO_TCP, ingress_ifindex: 2, remote, local };
-        assert_eq!(steer(None, &lookup), Err(Reason::Unconfigured));
+        let lookup = lookup(2, "10.1.0.3", "10.1.0.2");
+        assert_eq!(steer(None, &lookup, |_| true), Err(Reason::Unconfigured));
     }
 }

@@ -4,18 +4,21 @@ use core::mem;
 
 use aya_ebpf::{
     bindings::{
-        BPF_F_CURRENT_NETNS, bpf_sock, bpf_sock_tuple, bpf_sock_tuple__bindgen_ty_1,
-        bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1,
+        BPF_F_CURRENT_NETNS, BPF_SOCK_OPS_STATE_CB_FLAG, bpf_sock, bpf_sock_tuple,
+        bpf_sock_tuple__bindgen_ty_1, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1,
     },
     helpers::{
         bpf_get_netns_cookie, bpf_set_hash, bpf_set_hash_invalid, bpf_set_retval, bpf_setsockopt,
         bpf_sk_fullsock, bpf_sk_lookup_tcp, bpf_sk_release, bpf_skb_load_bytes,
-        bpf_sysctl_get_name,
+        bpf_sock_ops_cb_flags_set, bpf_sysctl_get_name,
     },
-    programs::{SkBuffContext, SkLookupContext, SockAddrContext, SysctlContext, TcContext},
+    programs::{
+        SkBuffContext, SkLookupContext, SockAddrContext, SockOpsContext, SysctlContext, TcContext,
+    },
 };
 use mesh_common::abi::{
-    Address, CAPTURE_MARK, PodConfig, TAG_APPLICATION, TAG_PLAINTEXT, TAG_TUNNEL, V4_MAPPED_PREFIX,
+    Address, CAPTURE_MARK, Flow, PodConfig, TAG_APPLICATION, TAG_PLAINTEXT, TAG_TUNNEL,
+    V4_MAPPED_PREFIX,
 };
 
 use crate::{
@@ -31,6 +34,7 @@ const SOCK_RAW: u32 = 3;
 const IPPROTO_TCP: u32 = 6;
 const SOL_SOCKET: i32 = 1;
 const SO_MARK: i32 = 36;
+const TCP_CLOSE: u32 = 7;
 const TCP_LISTEN: u32 = 10;
 const ECONNREFUSED: i32 = 111;
 const LOCALHOST: u32 = u32::from_ne_bytes([127, 0, 0, 1]);
@@ -43,11 +47,37 @@ fn v4_mapped(v4: u32) -> Address {
     address
 }
 
-/// The verifier allows 32-bit loads of the context only, so each word is named.
+/// Reads an IPv6 address out of a context.
+///
+/// # Safety
+///
+/// `words` must be four words of a context.
 #[inline(always)]
-fn v6(words: [u32; 4]) -> Address {
-    // SAFETY: both are 16 bytes of plain integers; network byte order in memory on both sides.
-    unsafe { mem::transmute(words) }
+unsafe fn v6(words: *const [u32; 4]) -> Address {
+    let words = words.cast::<u32>();
+    // SAFETY: as required of the caller. The verifier allows 32-bit loads of a context only, and
+    // volatile keeps them that wide. Both types are 16 bytes of plain integers, in network byte
+    // order in memory.
+    unsafe {
+        mem::transmute([
+            words.read_volatile(),
+            words.add(1).read_volatile(),
+            words.add(2).read_volatile(),
+            words.add(3).read_volatile(),
+        ])
+    }
+}
+
+/// The local and the remote address in a context that calls them as `bpf_sk_lookup` and
+/// `bpf_sock_ops` do.
+macro_rules! addresses {
+    ($context:expr) => {
+        if (*$context).family == AF_INET {
+            (v4_mapped((*$context).local_ip4), v4_mapped((*$context).remote_ip4))
+        } else {
+            (v6(&raw const (*$context).local_ip6), v6(&raw const (*$context).remote_ip6))
+        }
+    };
 }
 
 // connect()
@@ -60,17 +90,8 @@ pub(crate) fn destination4(ctx: &SockAddrContext) -> Address {
 
 #[inline(always)]
 pub(crate) fn destination6(ctx: &SockAddrContext) -> Address {
-    // SAFETY: the context is valid while the program runs; volatile keeps the loads 32 bits wide.
-    unsafe {
-        let words = &raw const (*ctx.sock_addr).user_ip6;
-        let words = words.cast::<u32>();
-        v6([
-            words.read_volatile(),
-            words.add(1).read_volatile(),
-            words.add(2).read_volatile(),
-            words.add(3).read_volatile(),
-        ])
-    }
+    // SAFETY: the context is valid while the program runs.
+    unsafe { v6(&raw const (*ctx.sock_addr).user_ip6) }
 }
 
 #[inline(always)]
@@ -238,6 +259,11 @@ macro_rules! outgoing {
                 // SAFETY: the context is valid while the program runs.
                 unsafe { (*self.0.skb.skb).vlan_present != 0 }
             }
+
+            #[inline(always)]
+            fn host_listens(&self, flow: &Flow) -> bool {
+                maps::host_listens(flow)
+            }
         }
     };
 }
@@ -276,18 +302,13 @@ fn sender(sk: *mut bpf_sock) -> Sender {
 /// `sk` must be a full socket.
 #[inline(always)]
 unsafe fn remote(sk: *mut bpf_sock) -> Address {
-    // SAFETY: as required of the caller; volatile keeps the loads 32 bits wide.
+    // SAFETY: as required of the caller.
     unsafe {
         if (*sk).family == AF_INET {
-            return v4_mapped((*sk).dst_ip4);
+            v4_mapped((*sk).dst_ip4)
+        } else {
+            v6(&raw const (*sk).dst_ip6)
         }
-        let words = (&raw const (*sk).dst_ip6).cast::<u32>();
-        v6([
-            words.read_volatile(),
-            words.add(1).read_volatile(),
-            words.add(2).read_volatile(),
-            words.add(3).read_volatile(),
-        ])
     }
 }
 
@@ -316,36 +337,64 @@ pub(crate) fn take_stamp(ctx: &TcContext) -> u32 {
 
 #[inline(always)]
 pub(crate) fn lookup(ctx: &SkLookupContext) -> Lookup {
-    // SAFETY: the context is valid while the program runs; volatile keeps the loads 32 bits wide.
+    // SAFETY: the context is valid while the program runs.
     unsafe {
         let lookup = ctx.lookup;
-        let (remote, local) = if (*lookup).family == AF_INET {
-            (v4_mapped((*lookup).remote_ip4), v4_mapped((*lookup).local_ip4))
-        } else {
-            let remote = (&raw const (*lookup).remote_ip6).cast::<u32>();
-            let local = (&raw const (*lookup).local_ip6).cast::<u32>();
-            (
-                v6([
-                    remote.read_volatile(),
-                    remote.add(1).read_volatile(),
-                    remote.add(2).read_volatile(),
-                    remote.add(3).read_volatile(),
-                ]),
-                v6([
-                    local.read_volatile(),
-                    local.add(1).read_volatile(),
-                    local.add(2).read_volatile(),
-                    local.add(3).read_volatile(),
-                ]),
-            )
-        };
+        let (server, client) = addresses!(lookup);
         Lookup {
             protocol: (*lookup).protocol,
             ingress_ifindex: (*lookup).ingress_ifindex,
-            remote,
-            local,
+            flow: Flow {
+                client,
+                server,
+                client_port: u16::from_be((*lookup).remote_port),
+                server_port: (*lookup).local_port as u16,
+            },
         }
     }
+}
+
+// sock_ops
+
+/// Since 5.15.
+#[inline(always)]
+pub(crate) fn netns_cookie_of_socket(ctx: &SockOpsContext) -> u64 {
+    // SAFETY: the helper takes this context.
+    unsafe { bpf_get_netns_cookie(ctx.ops.cast()) }
+}
+
+/// The connection of a socket that opens it, or has opened it.
+#[inline(always)]
+pub(crate) fn opened(ctx: &SockOpsContext) -> Flow {
+    // SAFETY: the context is valid while the program runs.
+    unsafe {
+        let (client, server) = addresses!(ctx.ops);
+        Flow {
+            client,
+            server,
+            client_port: (*ctx.ops).local_port as u16,
+            // Of the two it alone is in network byte order, widened to 32 bits.
+            server_port: u32::from_be((*ctx.ops).remote_port) as u16,
+        }
+    }
+}
+
+/// Asks the kernel to tell of this socket's changes of state, beside what others have asked for.
+#[inline(always)]
+pub(crate) fn follow(ctx: &SockOpsContext) -> bool {
+    // SAFETY: the context is valid while the program runs, and the helper takes it.
+    unsafe {
+        let flags = (*ctx.ops).bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG;
+        bpf_sock_ops_cb_flags_set(ctx.ops, flags as i32) == 0
+    }
+}
+
+/// Whether the change of state that is told of is the socket's last.
+#[inline(always)]
+pub(crate) fn is_closing(ctx: &SockOpsContext) -> bool {
+    // SAFETY: the context is valid while the program runs; its arguments are the old state and the
+    // new one.
+    unsafe { (*ctx.ops).__bindgen_anon_1.args[1] == TCP_CLOSE }
 }
 
 // sysctl

@@ -1,9 +1,12 @@
 //! What may leave a pod. Pure decisions: an application's socket never has a reason to put TCP on
 //! anything but loopback, so TCP that is not the agent's own is plaintext on its way out.
 
-use mesh_common::abi::{Address, POD_DENIES_UDP, PodConfig, Reason};
+use mesh_common::abi::{Address, Flow, POD_DENIES_UDP, PodConfig, Reason};
 
-use crate::packet::{Bytes, Malformed, RST, Transport, destination, transport};
+use crate::{
+    capture::is_own,
+    packet::{ACK, Bytes, Malformed, Ports, RST, SYN, Transport, destination, source, transport},
+};
 
 const DNS: u16 = 53;
 const LOOPBACK_IFINDEX: u32 = 1;
@@ -44,6 +47,8 @@ pub(crate) trait Outgoing: Bytes {
     fn ifindex(&self) -> u32;
     /// Whether a VLAN tag is carried beside the bytes.
     fn vlan_tagged(&self) -> bool;
+    /// Whether the node itself opened this connection, and may still be told something.
+    fn host_listens(&self, flow: &Flow) -> bool;
 }
 
 /// How a device frames packets.
@@ -119,7 +124,12 @@ fn judge<P: Outgoing>(
         Err(Malformed) => Err(Reason::Malformed),
         // SYN-ACKs and TIME_WAIT's ACKs carry nothing; without them a peer would hang.
         Ok(Transport::Tcp { payload: 0, .. }) if sender == Sender::Kernel => Ok(Pass::Clean),
-        Ok(Transport::Tcp { payload: 0, flags }) if flags & RST != 0 => Ok(Pass::Clean),
+        Ok(Transport::Tcp { payload: 0, flags, .. }) if flags & RST != 0 => Ok(Pass::Clean),
+        Ok(Transport::Tcp { ports, flags, .. })
+            if answers_host(packet, offset, ports, flags, pod) =>
+        {
+            Ok(Pass::Clean)
+        }
         Ok(Transport::Tcp { .. } | Transport::TcpFragment) => Err(Reason::Plaintext),
         Ok(Transport::Udp { .. }) if pod.flags & POD_DENIES_UDP == 0 => Ok(Pass::Udp),
         Ok(Transport::Udp { port: Some(DNS) }) => Ok(Pass::Udp),
@@ -127,6 +137,27 @@ fn judge<P: Outgoing>(
         Ok(Transport::Control) => Ok(Pass::Clean),
         Ok(Transport::Other) => Err(Reason::Protocol),
     }
+}
+
+/// Whether a segment belongs to a connection that the node itself opened to this pod. The map of
+/// them is the node's: without a look at the source, another pod could answer in this one's place.
+#[inline(always)]
+fn answers_host<P: Outgoing>(
+    packet: &P,
+    offset: u32,
+    ports: Ports,
+    flags: u8,
+    pod: &PodConfig,
+) -> bool {
+    // A SYN alone opens a connection between the same two ends, of the pod's own.
+    if flags & (SYN | ACK) == SYN {
+        return false;
+    }
+    let (Some(server), Some(client)) = (source(packet, offset), destination(packet, offset)) else {
+        return false;
+    };
+    let Ports { source: server_port, destination: client_port } = ports;
+    is_own(pod, &server) && packet.host_listens(&Flow { client, server, client_port, server_port })
 }
 
 #[cfg(test)]
@@ -139,6 +170,7 @@ mod tests {
         bytes: Vec<u8>,
         sender: Sender,
         vlan: bool,
+        host: Option<Flow>,
     }
 
     impl Bytes for Frame {
@@ -163,6 +195,10 @@ mod tests {
         fn vlan_tagged(&self) -> bool {
             self.vlan
         }
+
+        fn host_listens(&self, flow: &Flow) -> bool {
+            self.host.as_ref() == Some(flow)
+        }
     }
 
     fn pod(flags: u32) -> PodConfig {
@@ -179,7 +215,7 @@ mod tests {
         let mut bytes = vec![0; 12];
         bytes.extend(ethertype.to_be_bytes());
         bytes.extend(packet);
-        Frame { bytes, sender, vlan: false }
+        Frame { bytes, sender, vlan: false, host: None }
     }
 
     fn verdict(ethertype: u16, packet: &[u8], sender: Sender) -> Result<Pass, Reason> {
@@ -207,6 +243,44 @@ mod tests {
         };
         assert_eq!(verdict(ETHERTYPE_IPV4, &packet, to(1)), Ok(Pass::Clean));
         assert_eq!(verdict(ETHERTYPE_IPV4, &packet, to(2)), Err(Reason::Plaintext));
+    }
+
+    #[test]
+    fn what_the_host_opened_is_answered_and_nothing_else() {
+        let address = |last| std::net::Ipv4Addr::new(192, 0, 2, last).to_ipv6_mapped().octets();
+        let flow =
+            Flow { client: address(1), server: address(2), client_port: 40_000, server_port: 80 };
+        let mut pod = pod(0);
+        (pod.addresses[0], pod.address_count) = (address(2), 1);
+        let answer = |server: u8, client: u8, ports: [u16; 2], flags: u8| {
+            let mut packet = v4(6, 0, &tcp(1, flags));
+            packet[12..20].copy_from_slice(&[192, 0, 2, server, 192, 0, 2, client]);
+            packet[20..22].copy_from_slice(&ports[0].to_be_bytes());
+            packet[22..24].copy_from_slice(&ports[1].to_be_bytes());
+            let frame = ethernet(ETHERTYPE_IPV4, &packet, Sender::Other);
+            let frame = Frame { host: Some(flow), ..frame };
+            device(&frame, Link::Ethernet, Some(&pod))
+        };
+        for flags in [ACK, SYN | ACK] {
+            assert_eq!(answer(2, 1, [80, 40_000], flags), Ok(Pass::Clean));
+        }
+        for (server, client, ports, flags) in [
+            (2, 1, [80, 40_000], SYN),
+            (2, 1, [80, 40_001], ACK),
+            (2, 1, [81, 40_000], ACK),
+            (2, 3, [80, 40_000], ACK),
+            (1, 2, [40_000, 80], ACK),
+        ] {
+            let verdict = answer(server, client, ports, flags);
+            assert_eq!(verdict, Err(Reason::Plaintext), "{server} {client} {ports:?} {flags}");
+        }
+        // In the name of another pod.
+        pod.addresses[0] = address(9);
+        let mut packet = v4(6, 0, &tcp(1, ACK));
+        packet[12..20].copy_from_slice(&[192, 0, 2, 2, 192, 0, 2, 1]);
+        packet[20..24].copy_from_slice(&[0, 80, 0x9c, 0x40]);
+        let frame = Frame { host: Some(flow), ..ethernet(ETHERTYPE_IPV4, &packet, Sender::Other) };
+        assert_eq!(device(&frame, Link::Ethernet, Some(&pod)), Err(Reason::Plaintext));
     }
 
     #[test]

@@ -20,11 +20,14 @@ mod packet;
 
 use aya_ebpf::{
     bindings::{
+        BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_TCP_CONNECT_CB,
         sk_action::{SK_DROP, SK_PASS},
         tcx_action_base::{TCX_DROP, TCX_NEXT},
     },
-    macros::{cgroup_skb, cgroup_sock_addr, cgroup_sysctl, classifier, sk_lookup},
-    programs::{SkBuffContext, SkLookupContext, SockAddrContext, SysctlContext, TcContext},
+    macros::{cgroup_skb, cgroup_sock_addr, cgroup_sysctl, classifier, sk_lookup, sock_ops},
+    programs::{
+        SkBuffContext, SkLookupContext, SockAddrContext, SockOpsContext, SysctlContext, TcContext,
+    },
 };
 use mesh_common::abi::{Address, INBOUND_LISTENER, Layer, OUTBOUND_LISTENER, Reason};
 
@@ -38,6 +41,8 @@ const CONNECT_REFUSED: i32 = 0;
 const EGRESS_PASS: i32 = 1;
 const EGRESS_DROP: i32 = 0;
 const SYSCTL_ALLOWED: i32 = 1;
+/// Leaves the reply as it is, which is for other programs to give.
+const SOCK_OPS_DONE: u32 = 1;
 
 /// Captures `connect()` over IPv4.
 #[cgroup_sock_addr(connect4)]
@@ -134,7 +139,8 @@ pub fn peer(ctx: TcContext) -> i32 {
 #[sk_lookup]
 pub fn steer(ctx: SkLookupContext) -> u32 {
     let cookie = maps::pod_cookie();
-    let listener = match capture::steer(maps::pod(cookie), &ctx::lookup(&ctx)) {
+    let listener = match capture::steer(maps::pod(cookie), &ctx::lookup(&ctx), maps::host_connects)
+    {
         Ok(Steer::Leave) => return SK_PASS,
         Ok(Steer::Outbound) => OUTBOUND_LISTENER,
         Ok(Steer::Inbound) => INBOUND_LISTENER,
@@ -150,6 +156,27 @@ pub fn steer(ctx: SkLookupContext) -> u32 {
             SK_DROP
         }
     }
+}
+
+/// Remembers the connections that the node itself opens, before their first packet leaves. That a
+/// socket is the node's the kernel knows by its network namespace, which no address can imitate.
+#[sock_ops]
+pub fn host_flows(ctx: SockOpsContext) -> u32 {
+    let op = ctx.op();
+    let is_known = matches!(op, BPF_SOCK_OPS_TCP_CONNECT_CB | BPF_SOCK_OPS_STATE_CB);
+    if !is_known || !maps::is_host(ctx::netns_cookie_of_socket(&ctx)) {
+        return SOCK_OPS_DONE;
+    }
+    let flow = ctx::opened(&ctx);
+    if op == BPF_SOCK_OPS_STATE_CB {
+        if ctx::is_closing(&ctx) {
+            maps::host_closes(&flow);
+        }
+    } else if !capture::is_loopback(&flow.server) && ctx::follow(&ctx) {
+        // One whose end nobody would tell is not remembered: a pod could go on to use it.
+        maps::host_opens(&flow);
+    }
+    SOCK_OPS_DONE
 }
 
 /// Tells the agent that a setting which the capture rests on may be about to change.

@@ -9,13 +9,19 @@ use aya_ebpf::{
     bindings::{BPF_F_CLONE, BPF_F_NO_PREALLOC, bpf_map_type::BPF_MAP_TYPE_SK_STORAGE, bpf_sock},
     helpers::{bpf_ktime_get_ns, bpf_sk_storage_get},
     macros::{btf_map, map},
-    maps::{Array, HashMap, PerCpuHashMap, RingBuf, SockMap},
+    maps::{Array, HashMap, LruHashMap, PerCpuHashMap, RingBuf, SockMap},
     programs::SkLookupContext,
 };
-use mesh_common::abi::{Event, Layer, MAX_PODS, PodConfig, PodCounters, Reason};
+use mesh_common::abi::{
+    Event, Flow, Layer, MAX_HOST_FLOWS, MAX_PODS, PodConfig, PodCounters, Reason,
+};
 
 /// A drop of a pod is told at most once in this many nanoseconds on each CPU.
 const LOG_INTERVAL: u64 = 10_000_000_000;
+
+/// For so many nanoseconds after the node closed a connection, the pod may go on to answer: a server
+/// that speaks first has not begun when a health check is over, and wants the reset that comes back.
+const LAST_WORDS: u64 = 300_000_000_000;
 
 /// Enrolled pods by network namespace cookie.
 #[map]
@@ -34,6 +40,11 @@ static GUARD_KEY: Array<u32> = Array::with_max_entries(1, 0);
 /// What the agent should know at once.
 #[map]
 static EVENTS: RingBuf = RingBuf::with_byte_size(1 << 16, 0);
+
+/// The connections that the node itself opened. The least recently used go first: a flood of them
+/// makes their answers stop, and nothing pass.
+#[map]
+static HOST_FLOWS: LruHashMap<Flow, u64> = LruHashMap::with_max_entries(MAX_HOST_FLOWS, 0);
 
 /// The listeners of one pod, by `OUTBOUND_LISTENER` and `INBOUND_LISTENER`.
 #[map]
@@ -76,6 +87,57 @@ static POD_COOKIE: Global<u64> = Global::new(0);
 #[inline(always)]
 pub(crate) fn pod_cookie() -> u64 {
     POD_COOKIE.load()
+}
+
+/// The node's own network namespace, by cookie, if its connections are let into pods; else 0, which
+/// is no namespace's.
+#[unsafe(no_mangle)]
+static HOST_COOKIE: Global<u64> = Global::new(0);
+
+#[inline(always)]
+pub(crate) fn is_host(cookie: u64) -> bool {
+    cookie != 0 && cookie == HOST_COOKIE.load()
+}
+
+/// Remembers a connection that the node is about to open. If it cannot be, it is refused.
+#[inline(always)]
+pub(crate) fn host_opens(flow: &Flow) {
+    let _refused_if_full = HOST_FLOWS.insert(flow, 0, 0);
+}
+
+/// Remembers that the node has no such connection any more.
+#[inline(always)]
+pub(crate) fn host_closes(flow: &Flow) {
+    if let Some(closed) = HOST_FLOWS.get_ptr_mut(flow) {
+        // SAFETY: a map value, alive until the program ends; the helper takes no argument.
+        unsafe { *closed = bpf_ktime_get_ns() };
+    }
+}
+
+/// Whether the node is opening this connection, or has it open.
+#[inline(always)]
+pub(crate) fn host_connects(flow: &Flow) -> bool {
+    host_flow(flow) == Some(0)
+}
+
+/// Whether the node has this connection open, or had it lately.
+#[inline(always)]
+pub(crate) fn host_listens(flow: &Flow) -> bool {
+    match host_flow(flow) {
+        None => false,
+        Some(0) => true,
+        // SAFETY: no argument.
+        Some(closed) => unsafe { bpf_ktime_get_ns() }.wrapping_sub(closed) < LAST_WORDS,
+    }
+}
+
+#[inline(always)]
+fn host_flow(flow: &Flow) -> Option<u64> {
+    if HOST_COOKIE.load() == 0 {
+        return None;
+    }
+    // SAFETY: a map value, alive until the program ends, and written as one word.
+    unsafe { HOST_FLOWS.get(flow) }.copied()
 }
 
 #[inline(always)]

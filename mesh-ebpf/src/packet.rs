@@ -21,8 +21,10 @@ const IPV4_HEADER: u32 = 20;
 const IPV6_HEADER: u32 = 40;
 const TCP_HEADER: u32 = 20;
 
-/// The `RST` bit of the TCP flags byte, RFC 9293 section 3.1.
+/// Bits of the TCP flags byte, RFC 9293 section 3.1.
+pub(crate) const SYN: u8 = 0x02;
 pub(crate) const RST: u8 = 0x04;
+pub(crate) const ACK: u8 = 0x10;
 
 /// Headers that cannot be followed to the transport protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,7 +42,7 @@ pub(crate) trait Bytes {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Transport {
     /// A TCP segment. `payload` counts every byte behind the header, trailers included.
-    Tcp { payload: u32, flags: u8 },
+    Tcp { ports: Ports, payload: u32, flags: u8 },
     /// A part of a TCP segment, or one that may be: its header cannot be trusted to be whole.
     TcpFragment,
     /// A UDP datagram; no port in later fragments.
@@ -51,18 +53,37 @@ pub(crate) enum Transport {
     Other,
 }
 
+/// The ports of a segment, in host byte order.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Ports {
+    pub(crate) source: u16,
+    pub(crate) destination: u16,
+}
+
+/// Where the IPv4 or IPv6 packet that begins at `offset` says it comes from.
+#[inline(always)]
+pub(crate) fn source<B: Bytes>(packet: &B, offset: u32) -> Option<Address> {
+    address(packet, offset, 12, 8)
+}
+
 /// Where the IPv4 or IPv6 packet that begins at `offset` goes.
 #[inline(always)]
 pub(crate) fn destination<B: Bytes>(packet: &B, offset: u32) -> Option<Address> {
+    address(packet, offset, 16, 24)
+}
+
+/// The address that lies at `v4` in an IPv4 header, at `v6` in an IPv6 one.
+#[inline(always)]
+fn address<B: Bytes>(packet: &B, offset: u32, v4: u32, v6: u32) -> Option<Address> {
     let [first] = packet.load(offset)?;
     match first >> 4 {
         4 => {
             let mut address = [0; 16];
             address[..12].copy_from_slice(&V4_MAPPED_PREFIX);
-            address[12..].copy_from_slice(&packet.load::<4>(offset + 16)?);
+            address[12..].copy_from_slice(&packet.load::<4>(offset + v4)?);
             Some(address)
         }
-        6 => packet.load(offset + 24),
+        6 => packet.load(offset + v6),
         _ => None,
     }
 }
@@ -129,13 +150,17 @@ fn payload<B: Bytes>(
     match protocol {
         TCP if fragmented => Ok(Transport::TcpFragment),
         TCP => {
-            let [data_offset, flags] = packet.load(at + 12).ok_or(Malformed)?;
+            let [s, t, d, e, .., data_offset, flags] = packet.load::<14>(at).ok_or(Malformed)?;
+            let ports = Ports {
+                source: u16::from_be_bytes([s, t]),
+                destination: u16::from_be_bytes([d, e]),
+            };
             let header = u32::from(data_offset >> 4) * 4;
             let end = at + header;
             if header < TCP_HEADER || end > packet.len() {
                 return Err(Malformed);
             }
-            Ok(Transport::Tcp { payload: packet.len() - end, flags })
+            Ok(Transport::Tcp { ports, payload: packet.len() - end, flags })
         }
         UDP if first_fragment => {
             let port = packet.load(at + 2).ok_or(Malformed)?;
@@ -189,14 +214,18 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn the_destination_is_found_in_both_families() {
+    fn the_addresses_are_found_in_both_families() {
         let mut packet = v4(TCP, 0, &[]);
-        packet[16..20].copy_from_slice(&[10, 1, 0, 3]);
-        let mapped = std::net::Ipv4Addr::new(10, 1, 0, 3).to_ipv6_mapped().octets();
-        assert_eq!(destination(&packet, 0), Some(mapped));
+        packet[12..20].copy_from_slice(&[10, 1, 0, 2, 10, 1, 0, 3]);
+        let mapped = |last| std::net::Ipv4Addr::new(10, 1, 0, last).to_ipv6_mapped().octets();
+        assert_eq!(source(&packet, 0), Some(mapped(2)));
+        assert_eq!(destination(&packet, 0), Some(mapped(3)));
+        assert_eq!(source(&packet[..15].to_vec(), 0), None);
         assert_eq!(destination(&packet[..19].to_vec(), 0), None);
         let mut packet = v6(TCP, &[]);
+        packet[8..24].copy_from_slice(&[6; 16]);
         packet[24..40].copy_from_slice(&[7; 16]);
+        assert_eq!(source(&packet, 0), Some([6; 16]));
         assert_eq!(destination(&packet, 0), Some([7; 16]));
         assert_eq!(destination(&vec![0x50], 0), None);
     }
@@ -210,15 +239,19 @@ pub(crate) mod tests {
 
     #[test]
     fn tcp_is_found_in_both_families() {
-        let expected = Ok(Transport::Tcp { payload: 3, flags: RST });
-        assert_eq!(transport(&v4(TCP, 0, &tcp(3, RST)), 0), expected);
-        assert_eq!(transport(&v6(TCP, &tcp(3, RST)), 0), expected);
+        let ports = Ports { source: 0x1f90, destination: 0x8001 };
+        let expected = Ok(Transport::Tcp { ports, payload: 3, flags: RST });
+        let mut segment = tcp(3, RST);
+        segment[..4].copy_from_slice(&[0x1f, 0x90, 0x80, 0x01]);
+        assert_eq!(transport(&v4(TCP, 0, &segment), 0), expected);
+        assert_eq!(transport(&v6(TCP, &segment), 0), expected);
     }
 
     #[test]
     fn the_do_not_fragment_bit_is_no_fragment() {
         let packet = v4(TCP, 0x4000, &tcp(0, 0));
-        assert_eq!(transport(&packet, 0), Ok(Transport::Tcp { payload: 0, flags: 0 }));
+        let (ports, payload) = (Ports::default(), 0);
+        assert_eq!(transport(&packet, 0), Ok(Transport::Tcp { ports, payload, flags: 0 }));
     }
 
     #[test]
@@ -236,7 +269,8 @@ pub(crate) mod tests {
             body.extend(extension(TCP, 0));
             body.extend(tcp(7, 0));
             let packet = v6(kind, &body);
-            assert_eq!(transport(&packet, 0), Ok(Transport::Tcp { payload: 7, flags: 0 }));
+            let (ports, payload) = (Ports::default(), 7);
+            assert_eq!(transport(&packet, 0), Ok(Transport::Tcp { ports, payload, flags: 0 }));
         }
     }
 

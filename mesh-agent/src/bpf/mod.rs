@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! <bpffs>/nodemesh/v<ABI_VERSION>/maps/<NAME>            maps of the node
-//!                                /links/<program>        connect4 connect6 egress
+//!                                /links/<program>        connect4 connect6 egress host_flows
 //!                                /pods/<cookie>/LISTENERS, steer, <guard>-<link id>
 //! ```
 //!

@@ -13,14 +13,15 @@ use aya::{
     Ebpf, EbpfLoader,
     maps::{Array, HashMap, MapData, MapError, PerCpuHashMap, PerCpuValues, SkStorage},
     programs::{
-        CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, CgroupSockAddr, CgroupSysctl,
+        CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, CgroupSockAddr, CgroupSysctl, SockOps,
         cgroup_sysctl::CgroupSysctlLink,
         links::{FdLink, PinnedLink},
     },
     util::nr_cpus,
 };
 use mesh_common::abi::{
-    Layer, MAX_PODS, PodConfig, PodCounters, Reason, TAG_APPLICATION, TAG_PLAINTEXT, TAG_TUNNEL,
+    Flow, Layer, MAX_PODS, PodConfig, PodCounters, Reason, TAG_APPLICATION, TAG_PLAINTEXT,
+    TAG_TUNNEL,
 };
 
 use super::{BpfError, Events, OBJECT, pins, pins::Pins, pod::Guard, probe};
@@ -60,6 +61,9 @@ pub struct Counted {
 /// The eBPF side of the node. Dropping it leaves everything attached.
 pub struct Datapath {
     pub(super) pins: Pins,
+    /// Whose connections reach the applications as they are, by network namespace cookie; 0 for
+    /// nobody's.
+    pub(super) host: u64,
     pods: Mutex<HashMap<MapData, u64, PodConfig>>,
     counters: Mutex<PerCpuHashMap<MapData, u64, PodCounters>>,
     sockets: Mutex<SkStorage<MapData, u32>>,
@@ -73,11 +77,17 @@ pub struct Datapath {
 
 impl Datapath {
     /// Opens or makes the maps, attaches the node's programs to the cgroup and pins everything.
+    /// What the network namespace with the cookie `host` connects to reaches the applications of
+    /// pods as it is, and is answered as it is.
     ///
     /// # Errors
     ///
     /// See [`BpfError`]. Whatever guarded before still does.
-    pub fn open(bpffs: &Path, cgroup: &Path) -> Result<(Self, Events), BpfError> {
+    pub fn open(
+        bpffs: &Path,
+        cgroup: &Path,
+        host: Option<u64>,
+    ) -> Result<(Self, Events), BpfError> {
         let missing = probe::missing();
         if !missing.is_empty() {
             return Err(BpfError::Unsupported(format!("the kernel lacks {}", missing.join(", "))));
@@ -85,6 +95,8 @@ impl Datapath {
         let pins = Pins::open(bpffs)?;
         let mut loader = EbpfLoader::new();
         pins.share_maps(&mut loader);
+        let host_cookie = host.unwrap_or(0);
+        loader.override_global("HOST_COOKIE", &host_cookie, true);
         let mut ebpf = loader.load(OBJECT)?;
         let take = |ebpf: &mut Ebpf, name: &'static str| {
             ebpf.take_map(name).ok_or(BpfError::Map {
@@ -126,6 +138,20 @@ impl Datapath {
             let link = program.take_link(id).map_err(BpfError::program(name))?;
             pins::replace(FdLink::try_from(link)?, &pins.link(name))?;
         }
+        let name = "host_flows";
+        if host.is_some() {
+            let program: &mut SockOps = program(&mut ebpf, name)?;
+            program.load().map_err(BpfError::program(name))?;
+            let id = program
+                .attach(&cgroup_dir, CgroupAttachMode::Single)
+                .map_err(BpfError::program(name))?;
+            let link = program.take_link(id).map_err(BpfError::program(name))?;
+            pins::replace(FdLink::try_from(link)?, &pins.link(name))?;
+        } else {
+            pins::remove(&pins.link(name))?;
+            let map = take(&mut ebpf, "HOST_FLOWS")?;
+            forget(map.try_into().map_err(BpfError::map("HOST_FLOWS"))?)?;
+        }
         let sysctl = {
             let name = "sysctl";
             let program: &mut CgroupSysctl = program(&mut ebpf, name)?;
@@ -138,6 +164,7 @@ impl Datapath {
         let events = Events::new(&mut ebpf, events)?;
         let datapath = Self {
             pins,
+            host: host_cookie,
             pods: Mutex::new(pods),
             counters: Mutex::new(counters),
             sockets: Mutex::new(sockets),
@@ -206,15 +233,6 @@ impl Datapath {
     ///
     /// The map's own, or the file system's.
     pub fn release(&self, cookie: u64) -> Result<(), BpfError> {
-        let gone = |result| match result {
-            Err(MapError::KeyNotFound) => Ok(()),
-            Err(MapError::SyscallError(error))
-                if error.io_error.kind() == std::io::ErrorKind::NotFound =>
-            {
-                Ok(())
-            }
-            other => other,
-        };
         self.release_pod(cookie)?;
         gone(lock(&self.pods).remove(&cookie)).map_err(BpfError::map("PODS"))?;
         gone(lock(&self.counters).remove(&cookie)).map_err(BpfError::map("COUNTERS"))
@@ -246,9 +264,13 @@ impl Datapath {
     }
 
     /// The node's programs, and whether each is attached.
-    pub fn programs(&self) -> [(&'static str, bool); 3] {
+    pub fn programs(&self) -> Vec<(&'static str, bool)> {
+        let host_flows = (self.host != 0).then_some("host_flows");
         ["connect4", "connect6", "egress"]
+            .into_iter()
+            .chain(host_flows)
             .map(|name| (name, PinnedLink::from_pin(self.pins.link(name)).is_ok()))
+            .collect()
     }
 
     /// Marks a socket as the agent's own, and with it every socket that it accepts: what the guards
@@ -288,6 +310,26 @@ impl Datapath {
 
 /// `E2BIG`: what a hash map answers when it is full.
 const E2BIG: i32 = nix::libc::E2BIG;
+
+/// Forgets what the node itself has connected to.
+fn forget(mut flows: HashMap<MapData, Flow, u64>) -> Result<(), BpfError> {
+    let known: Vec<Flow> =
+        flows.keys().collect::<Result<_, _>>().map_err(BpfError::map("HOST_FLOWS"))?;
+    known.iter().try_for_each(|flow| gone(flows.remove(flow))).map_err(BpfError::map("HOST_FLOWS"))
+}
+
+/// Removing what is not there is no failure.
+fn gone(removed: Result<(), MapError>) -> Result<(), MapError> {
+    match removed {
+        Err(MapError::KeyNotFound) => Ok(()),
+        Err(MapError::SyscallError(error))
+            if error.io_error.kind() == std::io::ErrorKind::NotFound =>
+        {
+            Ok(())
+        }
+        other => other,
+    }
+}
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // A map handle has no invariant that a panic could break.

@@ -10,7 +10,7 @@ use aya::{
     maps::MapInfo,
     programs::links::{FdLink, PinnedLink},
 };
-use mesh_common::abi::{ABI_VERSION, Event, PodConfig, PodCounters};
+use mesh_common::abi::{ABI_VERSION, Event, Flow, PodConfig, PodCounters};
 use nix::{
     mount::{MsFlags, mount},
     sys::statfs::{BPF_FS_MAGIC, statfs},
@@ -25,11 +25,12 @@ struct NodeMap {
     value: usize,
 }
 
-const NODE_MAPS: [NodeMap; 6] = [
+const NODE_MAPS: [NodeMap; 7] = [
     NodeMap { name: "PODS", key: 8, value: size_of::<PodConfig>() },
     NodeMap { name: "COUNTERS", key: 8, value: size_of::<PodCounters>() },
     NodeMap { name: "GUARD_KEY", key: 4, value: 4 },
     NodeMap { name: "EVENTS", key: 0, value: 0 },
+    NodeMap { name: "HOST_FLOWS", key: size_of::<Flow>(), value: 8 },
     NodeMap { name: "AGENT_SOCKETS", key: 4, value: 4 },
     NodeMap { name: "AYA_LOGS", key: 0, value: 0 },
 ];

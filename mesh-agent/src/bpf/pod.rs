@@ -58,6 +58,7 @@ impl Datapath {
         self.pins.share_maps(&mut loader);
         loader.map_pin_path("LISTENERS", directory.join("LISTENERS"));
         loader.override_global("POD_COOKIE", &cookie, true);
+        loader.override_global("HOST_COOKIE", &self.host, true);
         Ok(loader.load(OBJECT)?)
     }
 

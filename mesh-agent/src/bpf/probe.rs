@@ -12,17 +12,19 @@ use aya::{
 /// The first kernel with everything: tcx links are its latest part.
 const FIRST_KERNEL: KernelVersion = KernelVersion::new(6, 6, 0);
 
-const PROGRAMS: [(&str, ProgramType); 5] = [
+const PROGRAMS: [(&str, ProgramType); 6] = [
     ("cgroup socket address programs", ProgramType::CgroupSockAddr),
     ("cgroup packet programs", ProgramType::CgroupSkb),
     ("cgroup sysctl programs", ProgramType::CgroupSysctl),
+    ("socket operation programs", ProgramType::SockOps),
     ("tc programs", ProgramType::SchedClassifier),
     ("socket lookup programs", ProgramType::SkLookup),
 ];
 
-const MAPS: [(&str, MapType); 3] = [
+const MAPS: [(&str, MapType); 4] = [
     ("socket storage", MapType::SkStorage),
     ("sockmap (CONFIG_BPF_STREAM_PARSER)", MapType::SockMap),
+    ("hash maps that forget", MapType::LruHash),
     ("ring buffers", MapType::RingBuf),
 ];
 

@@ -44,6 +44,7 @@ fn the_example_is_valid_and_its_comments_are_the_defaults() {
     };
     assert_eq!(spelled, expected);
     assert_eq!(spelled.ingress.plaintext.len(), 1);
+    assert_eq!(spelled.ingress.host_probes, as_shipped.ingress.host_probes);
     spelled_out.push_str("nodes: x\n");
     assert!(load(&spelled_out).is_err());
 }

@@ -11,9 +11,8 @@ use std::{
 };
 
 use nix::sched::{CloneFlags, setns};
-use socket2::{Domain, Socket, Type};
 
-use crate::sys::socket::netns_cookie;
+use crate::sys::socket::netns_cookie_here;
 
 /// Why a path is no pod's network namespace.
 #[derive(Debug, thiserror::Error)]
@@ -64,10 +63,9 @@ impl Netns {
         let file = File::open(path).map_err(opened)?;
         let inode = file.metadata().map_err(opened)?.ino();
         let mut netns = Self { file, inode, cookie: 0 };
-        let cookie_here = || netns_cookie(Socket::new(Domain::IPV4, Type::DGRAM, None)?.as_fd());
         let wrong = |source| NetnsError::NotANamespace { path: path.to_owned(), source };
-        let host = cookie_here().map_err(wrong)?;
-        netns.cookie = netns.try_run(cookie_here).and_then(|cookie| cookie).map_err(wrong)?;
+        let host = netns_cookie_here().map_err(wrong)?;
+        netns.cookie = netns.try_run(netns_cookie_here).and_then(|cookie| cookie).map_err(wrong)?;
         if netns.cookie == host {
             return Err(NetnsError::Host { path: path.to_owned() });
         }

@@ -4,11 +4,12 @@
 use std::{
     io,
     ops::RangeInclusive,
-    os::fd::{AsRawFd, BorrowedFd},
+    os::fd::{AsFd as _, AsRawFd, BorrowedFd},
     time::Duration,
 };
 
 use nix::libc;
+use socket2::{Domain, Socket, Type};
 
 /// `SO_NETNS_COOKIE`, since 5.14.
 const SO_NETNS_COOKIE: libc::c_int = 71;
@@ -19,12 +20,16 @@ const IP_LOCAL_PORT_RANGE: libc::c_int = 51;
 /// `TCP_RTO_MAX_MS`, since 6.15.
 const TCP_RTO_MAX_MS: libc::c_int = 44;
 
-/// The cookie of the network namespace that a socket was made in: unique while the machine is up.
+/// The cookie of the calling thread's network namespace: unique while the machine is up.
 ///
 /// # Errors
 ///
-/// What `getsockopt` answers; `ENOPROTOOPT` before 5.14.
-pub(crate) fn netns_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
+/// What `socket` and `getsockopt` answer; `ENOPROTOOPT` before 5.14.
+pub(crate) fn netns_cookie_here() -> io::Result<u64> {
+    netns_cookie(Socket::new(Domain::IPV4, Type::DGRAM, None)?.as_fd())
+}
+
+fn netns_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
     let mut cookie = 0u64;
     let mut length = size_of::<u64>() as libc::socklen_t;
     // SAFETY: the value has the length named, and both outlive the call.
