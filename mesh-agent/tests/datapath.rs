@@ -34,7 +34,11 @@ fn cgroup2() -> PathBuf {
 #[tokio::test]
 async fn programs_load_and_pins_come_and_go() {
     let bpffs = BpfFs::new("load");
-    let (datapath, _events) = Datapath::open(&bpffs.0, &cgroup2(), None).unwrap();
+    // No namespace has this cookie: nothing on this machine is captured, and nothing is let in.
+    let cookie = u64::MAX;
+    let (datapath, _events) = Datapath::open(&bpffs.0, &cgroup2(), Some(cookie)).unwrap();
+    let attached = ["connect4", "connect6", "egress", "host_flows"].map(|name| (name, true));
+    assert_eq!(datapath.programs(), attached);
     let config = PodConfig {
         addresses: [[0; 16]; MAX_POD_ADDRESSES],
         address_count: 0,
@@ -42,8 +46,6 @@ async fn programs_load_and_pins_come_and_go() {
         listener_port: 0,
         reserved: 0,
     };
-    // No namespace has this cookie: nothing on this machine is captured.
-    let cookie = u64::MAX;
     datapath.configure(cookie, &config).unwrap();
     assert_eq!(datapath.configuration(cookie).unwrap(), Some(config));
     assert_eq!(datapath.counted(cookie).unwrap(), mesh_agent::bpf::Counted::default());
@@ -71,6 +73,7 @@ async fn programs_load_and_pins_come_and_go() {
     assert_eq!(datapath.guarded().unwrap(), [cookie]);
     // A second agent finds and takes over what the first one pinned.
     let (datapath, _events) = Datapath::open(&bpffs.0, &cgroup2(), None).unwrap();
+    assert_eq!(datapath.programs(), attached[..3]);
     assert_eq!(datapath.configuration(cookie).unwrap(), Some(config));
     datapath.release(cookie).unwrap();
     assert!(datapath.guarded().unwrap().is_empty());
