@@ -57,7 +57,7 @@ fn introduce(pod: &Pod) -> Result<Server> {
 fn answer(mut stream: TcpStream, name: &str) -> io::Result<()> {
     let mut heard = String::new();
     stream.read_to_string(&mut heard)?;
-    let seen = canonical(stream.peer_addr()?);
+    let seen = canonical(stream.peer_addr()?).ip();
     write!(stream, "{name} {seen} {heard}")
 }
 
@@ -72,7 +72,7 @@ fn ask(client: &Pod, to: SocketAddr, what: &str) -> Result<String> {
     let mut answer = String::new();
     stream.read_to_string(&mut answer).context("reading the answer")?;
     let (name, rest) = answer.split_once(' ').context("the answer has no name")?;
-    ensure!(rest == format!("{own} {what}"), "{own} said {what:?}; answer: {answer:?}");
+    ensure!(rest == format!("{} {what}", own.ip()), "{own} said {what:?}; answer: {answer:?}");
     Ok(name.to_owned())
 }
 
