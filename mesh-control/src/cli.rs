@@ -152,6 +152,7 @@ impl WorkloadArgs {
                 service_account: self.service_account.unwrap_or_default(),
                 node: self.node.unwrap_or_default(),
                 addresses: self.addresses,
+                owner: String::new(),
             })?,
         };
         registry::parse(&text).map_err(anyhow::Error::msg)

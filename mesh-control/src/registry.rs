@@ -43,6 +43,9 @@ pub struct Workload {
     /// Its addresses, which no other workload may have.
     #[serde(deserialize_with = "addresses")]
     pub addresses: Vec<IpAddr>,
+    /// What the pod belongs to, "Deployment/checkout", for people. Files do not say it.
+    #[serde(skip)]
+    pub owner: String,
 }
 
 impl Workload {
@@ -70,7 +73,7 @@ impl Workload {
             name: self.name.clone(),
             node: self.node.clone(),
             addresses: self.addresses.iter().map(ToString::to_string).collect(),
-            owner: String::new(),
+            owner: self.owner.clone(),
         }
     }
 }
@@ -78,7 +81,7 @@ impl Workload {
 /// Something in the registry that had no effect.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Problem {
-    /// The file's name.
+    /// The file's name, or what it is in the cluster: "service shop/cart".
     pub file: String,
     /// What is wrong with it.
     pub reason: String,
@@ -126,6 +129,18 @@ impl Registry {
         }
         registry.problems.sort_by(|a, b| a.file.cmp(&b.file));
         registry
+    }
+
+    /// The workloads of a cluster, which do not contradict each other, and what else was left out.
+    pub fn from_cluster(
+        workloads: impl IntoIterator<Item = Workload>,
+        problems: Vec<Problem>,
+    ) -> Self {
+        let entry = |workload: Workload| {
+            let file = format!("pod {}/{}", workload.namespace, workload.name);
+            (workload.uid.clone(), Entry { file, workload })
+        };
+        Self { workloads: workloads.into_iter().map(entry).collect(), problems }
     }
 
     fn conflict(&self, owners: &HashMap<IpAddr, String>, new: &Workload) -> Option<String> {
@@ -225,7 +240,8 @@ pub fn parse(text: &str) -> Result<Workload, String> {
     yaml::parse(text)
 }
 
-fn segment<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+/// A name that can stand in a path.
+pub(crate) fn segment<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
     let name = String::deserialize(deserializer)?;
     check_segment(&name).map_err(de::Error::custom)?;
     Ok(name)
@@ -243,11 +259,16 @@ fn uid<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
     }
 }
 
+/// Whether something other than this machine can have the address.
+pub(crate) const fn is_host(address: IpAddr) -> bool {
+    !(address.is_unspecified() || address.is_loopback() || address.is_multicast())
+}
+
 fn addresses<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<IpAddr>, D::Error> {
     let mut addresses = Vec::<IpAddr>::deserialize(deserializer)?;
     for address in &mut addresses {
         *address = address.to_canonical();
-        if address.is_unspecified() || address.is_loopback() || address.is_multicast() {
+        if !is_host(*address) {
             return Err(de::Error::custom(format!("{address} cannot be the address of a pod")));
         }
     }

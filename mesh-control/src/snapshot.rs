@@ -1,6 +1,6 @@
 //! What agents are told, numbered.
 
-use std::{io, path::Path, sync::Arc};
+use std::{io, path::Path, sync::Arc, time::SystemTime};
 
 use mesh_common::{api, svid::TrustBundle};
 use tokio::sync::watch;
@@ -12,7 +12,11 @@ const BLOCK: u64 = 1 << 32;
 
 /// The present snapshot. Whoever watches it sees the newest, never a queue of old ones.
 #[derive(Debug)]
-pub struct Publisher(watch::Sender<Arc<api::Snapshot>>);
+pub struct Publisher {
+    present: watch::Sender<Arc<api::Snapshot>>,
+    /// What the next version must not be below.
+    floor: fn() -> u64,
+}
 
 impl Publisher {
     /// Begins with an empty snapshot, whose version is higher than any of an earlier start.
@@ -27,8 +31,18 @@ impl Publisher {
         };
         let starts = starts.checked_add(1).ok_or_else(|| io::Error::other("too many starts"))?;
         files::replace(path, format!("{starts}\n").as_bytes())?;
-        let version = u64::from(starts) * BLOCK;
-        Ok(Self(watch::Sender::new(Arc::new(api::Snapshot { version, ..Default::default() }))))
+        Ok(Self::starting_at(u64::from(starts) * BLOCK, || 0))
+    }
+
+    /// Begins with an empty snapshot, and numbers by the wall clock: replicas share nothing, yet
+    /// what is later has a higher version, whichever of them publishes it.
+    pub fn by_clock() -> Self {
+        Self::starting_at(microseconds(), microseconds)
+    }
+
+    fn starting_at(version: u64, floor: fn() -> u64) -> Self {
+        let empty = api::Snapshot { version, ..Default::default() };
+        Self { present: watch::Sender::new(Arc::new(empty)), floor }
     }
 
     /// Publishes a snapshot under the next version, if it differs from the present one.
@@ -51,12 +65,12 @@ impl Publisher {
             nodes,
             ..Default::default()
         };
-        self.0.send_if_modified(|present| {
+        self.present.send_if_modified(|present| {
             next.version = present.version;
             if next == **present {
                 return false;
             }
-            next.version += 1;
+            next.version = (next.version + 1).max((self.floor)());
             *present = Arc::new(next);
             true
         })
@@ -64,15 +78,21 @@ impl Publisher {
 
     /// The version that agents should have.
     pub fn version(&self) -> u64 {
-        self.0.borrow().version
+        self.present.borrow().version
     }
 
     /// Sees the present snapshot and every later one, but those that were overtaken.
     pub fn subscribe(&self) -> watch::Receiver<Arc<api::Snapshot>> {
-        let mut receiver = self.0.subscribe();
+        let mut receiver = self.present.subscribe();
         receiver.mark_changed();
         receiver
     }
+}
+
+/// Since 1970. A double, which is what JSON readers have for a number, holds them until 2255.
+fn microseconds() -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]
@@ -99,6 +119,27 @@ mod tests {
         assert_eq!(publish(&publisher, 2), (true, first + 1));
         let again = Publisher::open(&dir.path().join("starts")).unwrap();
         assert!(publish(&again, 2).1 > first + 1);
+    }
+
+    #[test]
+    fn of_two_that_share_only_the_clock_the_later_is_higher() {
+        let replicas = [Publisher::by_clock(), Publisher::by_clock()];
+        let mut last = 0;
+        for (root, publisher) in (0..8).zip(replicas.iter().cycle()) {
+            std::thread::sleep(std::time::Duration::from_micros(10));
+            let (changed, version) = publish(publisher, root);
+            assert!(changed && version > last, "{version} after {last}");
+            last = version;
+        }
+        assert!(last > u64::from(u32::MAX), "higher than those of a first start with a directory");
+        assert!(last < 1 << 53);
+    }
+
+    #[test]
+    fn a_clock_that_stands_still_does_not_stop_the_versions() {
+        let publisher = Publisher::starting_at(7, || 5);
+        assert_eq!(publish(&publisher, 1).1, 8);
+        assert_eq!(publish(&publisher, 2).1, 9);
     }
 
     #[test]

@@ -428,6 +428,7 @@ async fn registration_by_the_operator_is_in_force_when_it_returns() {
         service_account: "cart".to_owned(),
         node: "n1".to_owned(),
         addresses: vec![address.parse().unwrap()],
+        owner: String::new(),
     };
     lab.control.register(&workload("u1", "10.0.0.1")).unwrap();
     node.svid("u1").await.unwrap();
