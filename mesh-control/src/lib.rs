@@ -12,6 +12,7 @@ pub mod config;
 pub mod control;
 pub mod files;
 pub mod http;
+pub mod kubernetes;
 pub mod metrics;
 pub mod refusal;
 pub mod registry;
