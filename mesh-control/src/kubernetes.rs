@@ -3,5 +3,9 @@
 //!
 //! Replicas know nothing of each other: each watches on its own, and any can sign.
 
+pub mod cluster;
 pub mod registry;
 pub mod services;
+
+#[cfg(test)]
+mod scripted;

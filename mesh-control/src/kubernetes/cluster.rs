@@ -1,0 +1,181 @@
+//! The part of the cluster that the mesh needs, kept up to date by watching.
+
+use std::{collections::BTreeMap, fmt::Debug, sync::Arc, time::Duration};
+
+use futures::StreamExt as _;
+use k8s_openapi::api::{
+    core::v1::{Namespace, Node, Pod, PodSpec, PodStatus, Service},
+    discovery::v1::{Endpoint, EndpointSlice},
+};
+use kube::{
+    Api, Client, Resource,
+    api::ObjectMeta,
+    runtime::{
+        WatchStreamExt as _,
+        reflector::{self, Store, store::WriterDropped},
+        watcher,
+    },
+};
+use mesh_common::membership::MESH;
+use serde::de::DeserializeOwned;
+use tokio::sync::Notify;
+
+use super::{registry, services};
+use crate::{registry::Registry, snapshot::Services};
+
+/// A change is seldom alone: what comes within this time is taken together.
+const SETTLE: Duration = Duration::from_millis(100);
+
+/// What the API server said last. While it is away, this stays.
+#[derive(Debug)]
+pub struct Cluster {
+    own_namespace: String,
+    pods: Store<Pod>,
+    namespaces: Store<Namespace>,
+    nodes: Store<Node>,
+    services: Store<Service>,
+    slices: Store<EndpointSlice>,
+    changed: Arc<Notify>,
+}
+
+impl Cluster {
+    /// Begins to watch, for ever. `own_namespace` is where nodemesh is installed.
+    pub fn watch(client: &Client, own_namespace: String) -> Self {
+        let changed = Arc::new(Notify::new());
+        Self {
+            own_namespace,
+            pods: follow(Api::all(client.clone()), &changed, strip_pod),
+            namespaces: follow(Api::all(client.clone()), &changed, |namespace: &mut Namespace| {
+                strip(&mut namespace.metadata, &[MESH]);
+                (namespace.spec, namespace.status) = (None, None);
+            }),
+            nodes: follow(Api::all(client.clone()), &changed, |node: &mut Node| {
+                strip(&mut node.metadata, &[services::ZONE]);
+                (node.spec, node.status) = (None, None);
+            }),
+            services: follow(Api::all(client.clone()), &changed, |service: &mut Service| {
+                strip(&mut service.metadata, &[]);
+            }),
+            slices: follow(Api::all(client.clone()), &changed, |slice: &mut EndpointSlice| {
+                strip(&mut slice.metadata, &[services::SERVICE_NAME]);
+                slice.endpoints.iter_mut().for_each(strip_endpoint);
+            }),
+            changed,
+        }
+    }
+
+    /// Waits until everything was listed once. What is not known yet is not denied before.
+    ///
+    /// # Errors
+    ///
+    /// If a watch has ended, which none should.
+    pub async fn ready(&self) -> Result<(), WriterDropped> {
+        tokio::try_join!(
+            self.pods.wait_until_ready(),
+            self.namespaces.wait_until_ready(),
+            self.nodes.wait_until_ready(),
+            self.services.wait_until_ready(),
+            self.slices.wait_until_ready(),
+        )
+        .map(drop)
+    }
+
+    /// Waits for the next change, and for those that come with it.
+    pub async fn changed(&self) {
+        self.changed.notified().await;
+        tokio::time::sleep(SETTLE).await;
+    }
+
+    /// The workloads and services as they are now.
+    pub fn state(&self) -> (Registry, Services) {
+        let (pods, namespaces) = (self.pods.state(), self.namespaces.state());
+        let workloads = registry::workloads(
+            pods.iter().map(AsRef::as_ref),
+            namespaces.iter().map(AsRef::as_ref),
+            &self.own_namespace,
+        );
+        let owners = workloads
+            .iter()
+            .flat_map(|w| w.addresses.iter().map(|a| (*a, format!("{}/{}", w.namespace, w.name))))
+            .collect();
+        let found = self.services.state();
+        let (services, problems) = services::services(found.iter().map(AsRef::as_ref), &owners);
+        let mut slices: Vec<_> =
+            self.slices.state().iter().filter_map(|slice| services::slice(slice)).collect();
+        let mut nodes: Vec<_> =
+            self.nodes.state().iter().filter_map(|node| services::node(node)).collect();
+        // A store has no order, and a change of order is not one.
+        slices.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
+        nodes.sort_by(|a, b| a.name.cmp(&b.name));
+        (Registry::from_cluster(workloads, problems), Services { services, slices, nodes })
+    }
+}
+
+fn follow<K>(api: Api<K>, changed: &Arc<Notify>, strip: fn(&mut K)) -> Store<K>
+where
+    K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + Sync + 'static,
+{
+    let (store, writer) = reflector::store();
+    let changed = Arc::clone(changed);
+    tokio::spawn(async move {
+        let events = watcher(api, watcher::Config::default()).default_backoff();
+        let mut events = std::pin::pin!(events.modify(strip).reflect(writer));
+        while let Some(event) = events.next().await {
+            match event {
+                // A list that is not complete yet changes nothing.
+                Ok(watcher::Event::Init | watcher::Event::InitApply(_)) => {}
+                Ok(_) => changed.notify_one(),
+                Err(error) => {
+                    tracing::warn!(kind = %K::kind(&()), %error, "watching the API server failed");
+                }
+            }
+        }
+    });
+    store
+}
+
+/// Keeps what identifies an object, and the labels and annotations that are asked for.
+fn strip(metadata: &mut ObjectMeta, keys: &[&str]) {
+    let found = std::mem::take(metadata);
+    let wanted = |map: Option<BTreeMap<String, String>>| {
+        map.map(|map| map.into_iter().filter(|(key, _)| keys.contains(&key.as_str())).collect())
+    };
+    *metadata = ObjectMeta {
+        name: found.name,
+        namespace: found.namespace,
+        uid: found.uid,
+        creation_timestamp: found.creation_timestamp,
+        owner_references: found.owner_references,
+        labels: wanted(found.labels),
+        annotations: wanted(found.annotations),
+        ..ObjectMeta::default()
+    };
+}
+
+fn strip_pod(pod: &mut Pod) {
+    strip(&mut pod.metadata, &[MESH, registry::TEMPLATE_HASH]);
+    pod.spec = pod.spec.take().map(|spec| PodSpec {
+        node_name: spec.node_name,
+        service_account_name: spec.service_account_name,
+        host_network: spec.host_network,
+        ..PodSpec::default()
+    });
+    pod.status = pod.status.take().map(|status| PodStatus {
+        phase: status.phase,
+        pod_ips: status.pod_ips,
+        ..PodStatus::default()
+    });
+}
+
+fn strip_endpoint(endpoint: &mut Endpoint) {
+    *endpoint = Endpoint {
+        addresses: std::mem::take(&mut endpoint.addresses),
+        conditions: endpoint.conditions.take(),
+        node_name: endpoint.node_name.take(),
+        zone: endpoint.zone.take(),
+        ..Endpoint::default()
+    };
+}
+
+#[cfg(test)]
+mod tests;
