@@ -26,7 +26,7 @@ use self::issuer::Issuing;
 pub use self::{
     csr::{CsrError, requested_key},
     issuer::Validity,
-    store::open,
+    store::{new_root, open, put_root},
 };
 
 /// Why the CA cannot be used, or cannot issue.

@@ -12,7 +12,7 @@ use std::{
 use mesh_common::{log::Log, spiffe::TrustDomain};
 use serde::{Deserialize, Deserializer, de};
 
-use crate::yaml;
+use crate::{registry::segment, yaml};
 
 /// Where the admin socket is when neither the configuration nor the command line says otherwise.
 pub const DEFAULT_ADMIN_SOCKET: &str = "/run/nodemesh-control/admin.sock";
@@ -68,6 +68,9 @@ pub struct Config {
     /// A CA that the operator supplies. Default: one is made in `state_dir`.
     #[serde(default)]
     pub ca: Option<OperatorCa>,
+    /// Present: the registry, the nodes and the CA's key are those of a Kubernetes cluster.
+    #[serde(default)]
+    pub kubernetes: Option<Kubernetes>,
     /// How long workloads' certificates live.
     #[serde(default = "svid_lifetime", deserialize_with = "lifetime")]
     pub svid_lifetime: Duration,
@@ -156,6 +159,38 @@ pub struct OperatorCa {
     /// The root that the mesh is to trust.
     #[serde(deserialize_with = "absolute")]
     pub root: PathBuf,
+}
+
+/// Where things are in the cluster.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Kubernetes {
+    /// The namespace in which nodemesh is installed.
+    #[serde(deserialize_with = "segment")]
+    pub namespace: String,
+    /// The agents' service account there.
+    #[serde(deserialize_with = "segment")]
+    pub agent_service_account: String,
+    /// The audience of the tokens that agents join with.
+    pub audience: String,
+    /// The Secret of the CA. Made if there is none.
+    #[serde(deserialize_with = "segment")]
+    pub ca_secret: String,
+    /// The ConfigMap in which the roots are published.
+    #[serde(deserialize_with = "segment")]
+    pub bundle_config_map: String,
+}
+
+impl Default for Kubernetes {
+    fn default() -> Self {
+        Self {
+            namespace: "nodemesh-system".to_owned(),
+            agent_service_account: "nodemesh-agent".to_owned(),
+            audience: "nodemesh-control".to_owned(),
+            ca_secret: "nodemesh-ca".to_owned(),
+            bundle_config_map: "nodemesh-bundle".to_owned(),
+        }
+    }
 }
 
 /// How much the agents may use.
@@ -275,6 +310,7 @@ mod tests {
             .fold(String::new(), |text, line| text + line + "\n");
         let mut all = load(&uncommented).unwrap();
         assert!(all.ca.take().is_some(), "the example shows an operator's CA");
+        assert_eq!(all.kubernetes.take(), Some(Kubernetes::default()));
         assert_eq!(all.watched_dirs(), expected.watched_dirs());
         (all.registry_dir, all.services_dir, all.bundle_dir) = (None, None, None);
         assert_eq!(all, expected);
@@ -292,6 +328,7 @@ mod tests {
             ("trust_domain: a\nlimits: {connections: 0}", "at least 1", "line 2"),
             ("trust_domain: a\nlog: {level: loud=x=y}", "log level", "line 2"),
             ("trust_domain: a\nca: {cert: /a, key: /b}", "root", "line 2"),
+            ("trust_domain: a\nkubernetes: {namespace: a/b}", "a/b", "line 2"),
             ("{}", "trust_domain", "config.yaml"),
             ("", "end of input", "config.yaml"),
             ("trust_domain: a\nsvid_lifetime: 60d", "svid_lifetime", "config.yaml"),

@@ -5,6 +5,7 @@
 
 pub mod cluster;
 pub mod registry;
+pub mod secret;
 pub mod services;
 
 #[cfg(test)]

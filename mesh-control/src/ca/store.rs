@@ -130,6 +130,18 @@ fn own(config: &Config, now: SystemTime) -> Result<Authority, CaError> {
 }
 
 fn create_root(path: &Path, config: &Config, now: SystemTime) -> Result<String, CaError> {
+    let pem = new_root(config, now)?;
+    files::replace(path, pem.as_bytes()).map_err(file(path))?;
+    tracing::info!(path = %path.display(), "made the root of a new mesh: keep a backup of it");
+    Ok(pem)
+}
+
+/// Makes the root of a new mesh: key and certificate in PEM, kept nowhere.
+///
+/// # Errors
+///
+/// [`CaError::Signing`].
+pub fn new_root(config: &Config, now: SystemTime) -> Result<String, CaError> {
     let mut params = ca_params("nodemesh root");
     params.not_before = OffsetDateTime::from(now - config.clock_skew);
     params.not_after = OffsetDateTime::from(now + config.root_lifetime);
@@ -137,10 +149,25 @@ fn create_root(path: &Path, config: &Config, now: SystemTime) -> Result<String, 
     params.subject_alt_names =
         vec![SanType::URI(format!("spiffe://{}", config.trust_domain).try_into()?)];
     let key = KeyPair::generate()?;
-    let pem = key.serialize_pem() + &params.self_signed(&key)?.pem();
-    files::replace(path, pem.as_bytes()).map_err(file(path))?;
-    tracing::info!(path = %path.display(), "made the root of a new mesh: keep a backup of it");
-    Ok(pem)
+    Ok(key.serialize_pem() + &params.self_signed(&key)?.pem())
+}
+
+/// Puts a root that is kept elsewhere where [`open`] finds it. An issuer below another root goes.
+///
+/// # Errors
+///
+/// [`CaError::File`].
+pub fn put_root(config: &Config, pem: &str) -> Result<(), CaError> {
+    let dir = config.state_dir.join("ca");
+    files::private_dir(&dir).map_err(file(&dir))?;
+    let (root_path, issuer_path) = (dir.join("root.pem"), dir.join("issuer.pem"));
+    if optional(&root_path)?.as_deref() == Some(pem) {
+        return Ok(());
+    }
+    if optional(&issuer_path)?.is_some() {
+        files::remove(&issuer_path).map_err(file(&issuer_path))?;
+    }
+    files::replace(&root_path, pem.as_bytes()).map_err(file(&root_path))
 }
 
 fn ca_params(name: &str) -> CertificateParams {
