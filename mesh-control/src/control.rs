@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use mesh_common::{
     api,
     join::JoinToken,
@@ -26,6 +26,7 @@ use crate::{
     ca::{self, Authority, CaError, Issued, Subject},
     config::Config,
     files,
+    kubernetes::attest::AttestError,
     metrics::Metrics,
     refusal::Refusal,
     registry::{self, Problem, Registry, Workload},
@@ -45,6 +46,8 @@ pub struct Control {
     /// Serialises what reads the directories and publishes.
     files: Mutex<()>,
     view: ArcSwap<View>,
+    /// What the API server said last, in place of the registry's directory.
+    cluster: ArcSwapOption<(Registry, Services)>,
     identity: ArcSwap<Identity>,
     maintenance: Mutex<Option<String>>,
     /// The agents that are connected.
@@ -120,7 +123,10 @@ impl Control {
         let joins = dir.join("joins.json");
         let tokens = Tokens::open(joins.clone()).with_context(|| named(&joins))?;
         let starts = dir.join("starts");
-        let publisher = Publisher::open(&starts).with_context(|| named(&starts))?;
+        let publisher = match &config.kubernetes {
+            Some(_) => Publisher::by_clock(),
+            None => Publisher::open(&starts).with_context(|| named(&starts))?,
+        };
         let metrics = Metrics::default();
         let identity = identity(&authority, &config, &metrics, now)?;
         let roots = vec![authority.root().clone()];
@@ -139,6 +145,7 @@ impl Control {
                 bundle_problems: Vec::new(),
                 unreadable: Vec::new(),
             }),
+            cluster: ArcSwapOption::empty(),
             identity: ArcSwap::from_pointee(identity),
             maintenance: Mutex::new(None),
             sessions: Sessions::default(),
@@ -186,6 +193,28 @@ impl Control {
         self.maintenance.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Takes what the API server says for the registry. Blocks on the file system.
+    pub fn set_cluster(&self, registry: Registry, services: services::Files) {
+        self.cluster.store(Some(Arc::new((registry, services))));
+        self.reload();
+    }
+
+    /// Whether it is known who is in the mesh: on Kubernetes, after the API server has said it.
+    pub fn is_ready(&self) -> bool {
+        self.config.kubernetes.is_none() || self.cluster.load().is_some()
+    }
+
+    /// Whether a node may have a certificate: on Kubernetes, while the API server knows it.
+    fn exists(&self, node: &str) -> Result<(), Refusal> {
+        let cluster = self.cluster.load();
+        let mut nodes = cluster.iter().flat_map(|cluster| &cluster.1.nodes);
+        if self.config.kubernetes.is_none() || nodes.any(|found| found.name == node) {
+            Ok(())
+        } else {
+            Err(Refusal::NodeGone(node.to_owned()))
+        }
+    }
+
     /// Reads all directories anew and publishes what they say. Blocks on the file system.
     pub fn reload(&self) {
         let _one_at_a_time = self.files.lock().unwrap_or_else(PoisonError::into_inner);
@@ -200,18 +229,26 @@ impl Control {
             let (file, reason) = (dir.display().to_string(), error.to_string());
             unreadable.push(Problem { file, reason });
         };
-        let registry = match files::sources(&registry_dir, &["yaml", "yml"]) {
-            Ok(sources) => Registry::resolve(sources),
-            Err(error) => {
-                failed(&registry_dir, error);
-                before.registry.clone()
-            }
-        };
-        let service_files = match files::sources(&services_dir, &["yaml", "yml"]) {
-            Ok(sources) => services::Files::read(sources),
-            Err(error) => {
-                failed(&services_dir, error);
-                before.service_files.clone()
+        let (registry, service_files) = match (&self.config.kubernetes, &*self.cluster.load()) {
+            (Some(_), Some(cluster)) => cluster.as_ref().clone(),
+            // Not an empty mesh, but one that is not known yet.
+            (Some(_), None) => return,
+            (None, _) => {
+                let registry = match files::sources(&registry_dir, &["yaml", "yml"]) {
+                    Ok(sources) => Registry::resolve(sources),
+                    Err(error) => {
+                        failed(&registry_dir, error);
+                        before.registry.clone()
+                    }
+                };
+                let services = match files::sources(&services_dir, &["yaml", "yml"]) {
+                    Ok(sources) => services::Files::read(sources),
+                    Err(error) => {
+                        failed(&services_dir, error);
+                        before.service_files.clone()
+                    }
+                };
+                (registry, services)
             }
         };
         let (services, conflicts) =
@@ -254,6 +291,7 @@ impl Control {
     ///
     /// [`AdminError::Conflict`], [`AdminError::Storage`].
     pub fn register(&self, workload: &Workload) -> Result<(), AdminError> {
+        self.not_on_kubernetes()?;
         let _one_at_a_time = self.files.lock().unwrap_or_else(PoisonError::into_inner);
         // The files may be ahead of the last event.
         self.reload_locked();
@@ -279,6 +317,7 @@ impl Control {
     ///
     /// [`AdminError::NotFound`], [`AdminError::Storage`].
     pub fn deregister(&self, uid: &str) -> Result<(), AdminError> {
+        self.not_on_kubernetes()?;
         let _one_at_a_time = self.files.lock().unwrap_or_else(PoisonError::into_inner);
         self.reload_locked();
         let view = self.view.load();
@@ -293,6 +332,16 @@ impl Control {
         Ok(())
     }
 
+    fn not_on_kubernetes(&self) -> Result<(), AdminError> {
+        match self.config.kubernetes {
+            Some(_) => Err(AdminError::Conflict(
+                "on Kubernetes the API server says who is in the mesh: label pods or namespaces"
+                    .to_owned(),
+            )),
+            None => Ok(()),
+        }
+    }
+
     /// Makes a join token. Its text is returned, and never known here again.
     ///
     /// # Errors
@@ -305,6 +354,7 @@ impl Control {
         now: SystemTime,
     ) -> Result<String, AdminError> {
         const LONGEST: Duration = Duration::from_secs(30 * 24 * 60 * 60);
+        self.not_on_kubernetes()?;
         if ttl < Duration::from_secs(1) || ttl > LONGEST {
             return Err(AdminError::Invalid("the ttl must be at least 1s, at most 30d".to_owned()));
         }
@@ -324,6 +374,9 @@ impl Control {
     ///
     /// A [`Refusal`]; the token is then unused, unless signing itself failed.
     pub fn join(&self, token: &str, csr: &[u8], now: SystemTime) -> Result<Issued, Refusal> {
+        if self.config.kubernetes.is_some() {
+            return Err(AttestError::TokenNeeded.into());
+        }
         let token: JoinToken = token.parse()?;
         let key = ca::requested_key(csr)?;
         let not_before = now - self.config.clock_skew;
@@ -332,12 +385,14 @@ impl Control {
         self.issue_node(node, &key, now)
     }
 
-    /// Renews a node's certificate.
+    /// Issues a certificate to a node that is known: by the certificate that it renews, or by its
+    /// agent's service account token.
     ///
     /// # Errors
     ///
     /// A [`Refusal`].
     pub fn renew_node(&self, node: String, csr: &[u8], now: SystemTime) -> Result<Issued, Refusal> {
+        self.exists(&node)?;
         self.issue_node(node, &ca::requested_key(csr)?, now)
     }
 
@@ -408,7 +463,9 @@ impl Control {
         let SpiffeId::Node(_, node) = &leaf.id else {
             return Err(SvidError::Kind { expected: Kind::Node, found: leaf.id }.into());
         };
-        if self.tokens.is_void(node, leaf.not_before) {
+        self.exists(node)?;
+        // Replicas share no record of joins: there the node's existence is what counts.
+        if self.config.kubernetes.is_none() && self.tokens.is_void(node, leaf.not_before) {
             return Err(Refusal::Void(node.clone()));
         }
         Ok((node.clone(), leaf))

@@ -48,6 +48,10 @@ async fn metrics(State(control): State<Arc<Control>>) -> Response {
 
 /// Ready means: agents are served. What is merely degraded is for `status` to say.
 async fn ready(State(control): State<Arc<Control>>) -> Response {
+    if !control.is_ready() {
+        return (StatusCode::SERVICE_UNAVAILABLE, "the API server has not been heard yet\n")
+            .into_response();
+    }
     if control.authority().issuer_validity().not_after <= SystemTime::now() {
         return (StatusCode::SERVICE_UNAVAILABLE, "the issuing CA has expired\n").into_response();
     }
@@ -61,7 +65,7 @@ mod tests {
     use tower::ServiceExt as _;
 
     use super::*;
-    use crate::config::Config;
+    use crate::{config::Config, registry::Registry, snapshot::Services};
 
     async fn get(control: &Arc<Control>, path: &str) -> (StatusCode, String) {
         let request = Request::get(path).body(Body::empty()).unwrap();
@@ -71,14 +75,29 @@ mod tests {
         (status, String::from_utf8(body.to_vec()).unwrap())
     }
 
+    fn open(dir: &tempfile::TempDir, more: &str) -> Arc<Control> {
+        let path = dir.path().join("config.yaml");
+        let state = dir.path().join("state");
+        let text = format!("trust_domain: a\nstate_dir: {}\n{more}", state.display());
+        std::fs::write(&path, text).unwrap();
+        Arc::new(Control::open(Config::load(&path).unwrap(), SystemTime::now()).unwrap())
+    }
+
+    #[tokio::test]
+    async fn on_kubernetes_it_is_ready_when_the_cluster_is_known() {
+        let dir = tempfile::tempdir().unwrap();
+        let control = open(&dir, "kubernetes: {}");
+        control.reload();
+        assert_eq!(get(&control, "/healthz").await.0, StatusCode::OK);
+        assert_eq!(get(&control, "/readyz").await.0, StatusCode::SERVICE_UNAVAILABLE);
+        control.set_cluster(Registry::default(), Services::default());
+        assert_eq!(get(&control, "/readyz").await.0, StatusCode::OK);
+    }
+
     #[tokio::test]
     async fn probes_and_metrics_are_served() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("config.yaml");
-        let state = dir.path().join("state");
-        std::fs::write(&path, format!("trust_domain: a\nstate_dir: {}", state.display())).unwrap();
-        let config = Config::load(&path).unwrap();
-        let control = Arc::new(Control::open(config, SystemTime::now()).unwrap());
+        let control = open(&dir, "");
         assert_eq!(get(&control, "/healthz").await.0, StatusCode::OK);
         assert_eq!(get(&control, "/readyz").await.0, StatusCode::OK);
         assert_eq!(get(&control, "/other").await.0, StatusCode::NOT_FOUND);

@@ -3,6 +3,7 @@
 //!
 //! Replicas know nothing of each other: each watches on its own, and any can sign.
 
+pub mod attest;
 pub mod cluster;
 pub mod registry;
 pub mod secret;

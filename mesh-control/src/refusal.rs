@@ -5,6 +5,7 @@ use tonic::Status;
 
 use crate::{
     ca::{CaError, CsrError},
+    kubernetes::attest::AttestError,
     tokens::TokenRefusal,
 };
 
@@ -17,6 +18,12 @@ pub enum Refusal {
     /// A token that is not accepted.
     #[error(transparent)]
     Token(#[from] TokenRefusal),
+    /// A service account token that is not accepted, or the wrong kind of token.
+    #[error(transparent)]
+    Attest(#[from] AttestError),
+    /// The API server has no such node.
+    #[error("the cluster has no node {0}, or this control plane has not heard of it yet")]
+    NodeGone(String),
     /// The signing request.
     #[error(transparent)]
     Csr(#[from] CsrError),
@@ -64,6 +71,10 @@ pub enum Reason {
     TokenUsed,
     /// A token that has expired.
     TokenExpired,
+    /// A service account token that is not accepted.
+    ServiceAccountToken,
+    /// A node that is not in the cluster.
+    NodeGone,
     /// A signing request that is not acceptable.
     Csr,
     /// A call that needs a certificate, without one.
@@ -82,11 +93,13 @@ pub enum Reason {
 
 impl Reason {
     /// Every reason.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 13] = [
         Self::Handshake,
         Self::TokenUnknown,
         Self::TokenUsed,
         Self::TokenExpired,
+        Self::ServiceAccountToken,
+        Self::NodeGone,
         Self::Csr,
         Self::NoCertificate,
         Self::Certificate,
@@ -103,6 +116,8 @@ impl Reason {
             Self::TokenUnknown => "token-unknown",
             Self::TokenUsed => "token-used",
             Self::TokenExpired => "token-expired",
+            Self::ServiceAccountToken => "service-account-token",
+            Self::NodeGone => "node-gone",
             Self::Csr => "csr",
             Self::NoCertificate => "no-certificate",
             Self::Certificate => "certificate",
@@ -121,6 +136,9 @@ impl Refusal {
             Self::TokenForm(_) | Self::Token(TokenRefusal::Unknown) => Reason::TokenUnknown,
             Self::Token(TokenRefusal::Used) => Reason::TokenUsed,
             Self::Token(TokenRefusal::Expired) => Reason::TokenExpired,
+            Self::Attest(AttestError::Api(_)) => Reason::Internal,
+            Self::Attest(_) => Reason::ServiceAccountToken,
+            Self::NodeGone(_) => Reason::NodeGone,
             Self::Csr(_) => Reason::Csr,
             Self::NoCertificate => Reason::NoCertificate,
             Self::Certificate(_) => Reason::Certificate,
@@ -142,6 +160,8 @@ impl Refusal {
             Reason::TokenUnknown
             | Reason::TokenUsed
             | Reason::TokenExpired
+            | Reason::ServiceAccountToken
+            | Reason::NodeGone
             | Reason::PodUnknown
             | Reason::PodForeign => Status::permission_denied(text),
             // The agent keeps what it has and tries again.

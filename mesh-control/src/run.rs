@@ -55,7 +55,8 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     tokio::spawn(maintain(Arc::clone(&control)));
     let admin = tokio::spawn(admin::serve(Arc::clone(&control), admin_listener, shutdown.clone()));
     let http = tokio::spawn(http::serve(Arc::clone(&control), http_listener, shutdown.clone()));
-    let agents = tokio::spawn(server::serve(Arc::clone(&control), listener, shutdown.clone()));
+    let agents =
+        tokio::spawn(server::serve(Arc::clone(&control), None, listener, shutdown.clone()));
     tracing::info!(
         trust_domain = %config.trust_domain,
         listen = %config.listen,

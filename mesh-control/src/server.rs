@@ -25,7 +25,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::{Server, server::Connected};
 
-use crate::{control::Control, refusal::Reason, service::Service};
+use crate::{control::Control, kubernetes::attest::Attestor, refusal::Reason, service::Service};
 
 /// Requests are small: a token, a key, an acknowledgement.
 const MAX_REQUEST_BYTES: usize = 64 * 1024;
@@ -45,20 +45,22 @@ pub struct Peer {
     pub chain: Option<Arc<[CertificateDer<'static>]>>,
 }
 
-/// Serves agents until `shutdown`, then lets calls in flight end.
+/// Serves agents until `shutdown`, then lets calls in flight end. With an `attestor` they join with
+/// service account tokens.
 ///
 /// # Errors
 ///
 /// If the transport fails as a whole.
 pub async fn serve(
     control: Arc<Control>,
+    attestor: Option<Attestor>,
     listener: TcpListener,
     shutdown: CancellationToken,
 ) -> Result<(), tonic::transport::Error> {
     // One: what is accepted and cannot be served yet waits in the kernel's queue.
     let (sender, incoming) = mpsc::channel(1);
     let accepting = tokio::spawn(accept(Arc::clone(&control), listener, sender, shutdown.clone()));
-    let service = Service::new(control, shutdown.clone());
+    let service = Service::new(control, attestor, shutdown.clone());
     let service = ControlPlaneServer::new(service).max_decoding_message_size(MAX_REQUEST_BYTES);
     let result = Server::builder()
         .max_concurrent_streams(MAX_CALLS)

@@ -19,6 +19,7 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::{
     ca::Issued,
     control::Control,
+    kubernetes::attest::{AttestError, Attestor},
     refusal::Refusal,
     server::Peer,
     sessions::{Handle, Session},
@@ -35,12 +36,17 @@ const MAX_TEXT: usize = 512;
 pub struct Service {
     control: Arc<Control>,
     shutdown: CancellationToken,
+    attestor: Option<Arc<Attestor>>,
 }
 
 impl Service {
-    /// A service that ends its streams at `shutdown`.
-    pub const fn new(control: Arc<Control>, shutdown: CancellationToken) -> Self {
-        Self { control, shutdown }
+    /// A service that ends its streams at `shutdown`. `attestor` knows service account tokens.
+    pub fn new(
+        control: Arc<Control>,
+        attestor: Option<Attestor>,
+        shutdown: CancellationToken,
+    ) -> Self {
+        Self { control, shutdown, attestor: attestor.map(Arc::new) }
     }
 
     /// Runs what may block on the file system, and reports what was refused.
@@ -55,6 +61,14 @@ impl Service {
             .await
             .map_err(|_| Status::internal("the control plane failed: see its log"))?
             .map_err(|refusal| self.refuse(peer, call, &refusal))
+    }
+
+    /// The node of the agent with this service account token.
+    async fn attest(&self, token: &str) -> Result<String, AttestError> {
+        match &self.attestor {
+            Some(attestor) => attestor.node(token).await,
+            None => Err(AttestError::NotOnKubernetes),
+        }
     }
 
     fn refuse(&self, peer: &Peer, call: &'static str, refusal: &Refusal) -> Status {
@@ -97,8 +111,19 @@ impl ControlPlane for Service {
         request: Request<api::JoinRequest>,
     ) -> Result<Response<api::NodeCertificate>, Status> {
         let (peer, request) = (peer(&request)?, request.into_inner());
+        let attested = match request.service_account_token.as_str() {
+            "" => None,
+            token => {
+                let node = self.attest(token).await;
+                Some(node.map_err(|error| self.refuse(&peer, "join", &error.into()))?)
+            }
+        };
         self.decide(&peer, "join", move |control, _| {
-            let issued = control.join(&request.token, &request.csr, SystemTime::now())?;
+            let now = SystemTime::now();
+            let issued = match attested {
+                Some(node) => control.renew_node(node, &request.csr, now)?,
+                None => control.join(&request.token, &request.csr, now)?,
+            };
             Ok(node_certificate(control, &issued))
         })
         .await

@@ -1,6 +1,7 @@
 //! What agents get from the control plane, and what they do not, over real TLS.
 #![expect(clippy::unwrap_used, reason = "a test ends where it fails")]
 
+mod kubernetes;
 mod support;
 
 use std::{

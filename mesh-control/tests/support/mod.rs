@@ -14,7 +14,12 @@ use mesh_common::{
     join::JoinToken,
     svid::{Kind, PeerVerifier, TrustBundle, certified_key, client_config},
 };
-use mesh_control::{config::Config, control::Control, server, watch};
+use mesh_control::{
+    config::{Config, Kubernetes},
+    control::Control,
+    kubernetes::attest::Attestor,
+    server, watch,
+};
 use rcgen::{CertificateParams, KeyPair};
 use rustls::{
     pki_types::{CertificateDer, PrivateKeyDer, ServerName},
@@ -50,10 +55,21 @@ impl Lab {
 
     /// With further lines of configuration.
     pub(crate) async fn start_with(more: &str) -> Self {
-        Self::start_in(Arc::new(tempfile::tempdir().unwrap()), more.to_owned()).await
+        Self::start_in(Arc::new(tempfile::tempdir().unwrap()), more.to_owned(), None).await
     }
 
-    async fn start_in(dir: Arc<tempfile::TempDir>, more: String) -> Self {
+    /// In a cluster with this API server.
+    pub(crate) async fn start_on_kubernetes(client: kube::Client) -> Self {
+        let attestor = Attestor::new(client, Kubernetes::default());
+        let dir = Arc::new(tempfile::tempdir().unwrap());
+        Self::start_in(dir, "kubernetes: {}\n".to_owned(), Some(attestor)).await
+    }
+
+    async fn start_in(
+        dir: Arc<tempfile::TempDir>,
+        more: String,
+        attestor: Option<Attestor>,
+    ) -> Self {
         let path = dir.path().join("config.yaml");
         let state = dir.path().join("state");
         let text = format!("trust_domain: mesh.example\nstate_dir: {}\n{more}", state.display());
@@ -65,7 +81,7 @@ impl Lab {
         let address = listener.local_addr().unwrap();
         let shutdown = CancellationToken::new();
         let reloading = Arc::clone(&control);
-        let serving = server::serve(Arc::clone(&control), listener, shutdown.clone());
+        let serving = server::serve(Arc::clone(&control), attestor, listener, shutdown.clone());
         let tasks = vec![
             tokio::spawn(async { serving.await.unwrap() }),
             tokio::spawn(watch::watch(dirs, move || reloading.reload())),
@@ -78,7 +94,7 @@ impl Lab {
         self.shutdown.cancel();
         self.tasks.remove(0).await.unwrap();
         self.tasks.remove(0).abort();
-        Self::start_in(Arc::clone(&self.dir), self.more.clone()).await
+        Self::start_in(Arc::clone(&self.dir), self.more.clone(), None).await
     }
 
     pub(crate) fn state(&self, path: &str) -> PathBuf {
@@ -192,14 +208,19 @@ impl Node {
 
 /// Joins with a token, and connects with the certificate that it gave.
 pub(crate) async fn join(address: SocketAddr, token: &str) -> Result<Node, Status> {
-    let mut client = connect_pinned(address, token).await;
+    let client = connect_pinned(address, token).await;
+    let request = api::JoinRequest { token: token.to_owned(), ..Default::default() };
+    join_with(address, client, request).await
+}
+
+/// Joins with whatever token is in the request.
+pub(crate) async fn join_with(
+    address: SocketAddr,
+    mut client: Client,
+    mut request: api::JoinRequest,
+) -> Result<Node, Status> {
     let (key, csr) = key_and_csr();
-    let request = api::JoinRequest {
-        token: token.to_owned(),
-        csr,
-        agent_version: "test".to_owned(),
-        ..Default::default()
-    };
+    (request.csr, request.agent_version) = (csr, "test".to_owned());
     let response = client.join(request).await?.into_inner();
     let bundle = Arc::new(TrustBundle::from_api(response.bundle.unwrap()).unwrap());
     let identity = identity(response.chain, &key);
