@@ -47,7 +47,7 @@ pub struct Control {
     files: Mutex<()>,
     view: ArcSwap<View>,
     /// What the API server said last, in place of the registry's directory.
-    cluster: ArcSwapOption<(Registry, Services)>,
+    cluster: ArcSwapOption<(Registry, services::Files)>,
     identity: ArcSwap<Identity>,
     maintenance: Mutex<Option<String>>,
     /// The agents that are connected.

@@ -65,7 +65,7 @@ mod tests {
     use tower::ServiceExt as _;
 
     use super::*;
-    use crate::{config::Config, registry::Registry, snapshot::Services};
+    use crate::{config::Config, registry::Registry, services::Files};
 
     async fn get(control: &Arc<Control>, path: &str) -> (StatusCode, String) {
         let request = Request::get(path).body(Body::empty()).unwrap();
@@ -90,7 +90,7 @@ mod tests {
         control.reload();
         assert_eq!(get(&control, "/healthz").await.0, StatusCode::OK);
         assert_eq!(get(&control, "/readyz").await.0, StatusCode::SERVICE_UNAVAILABLE);
-        control.set_cluster(Registry::default(), Services::default());
+        control.set_cluster(Registry::default(), Files::default());
         assert_eq!(get(&control, "/readyz").await.0, StatusCode::OK);
     }
 

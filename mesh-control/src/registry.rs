@@ -131,16 +131,13 @@ impl Registry {
         registry
     }
 
-    /// The workloads of a cluster, which do not contradict each other, and what else was left out.
-    pub fn from_cluster(
-        workloads: impl IntoIterator<Item = Workload>,
-        problems: Vec<Problem>,
-    ) -> Self {
+    /// The workloads of a cluster, which do not contradict each other.
+    pub fn from_cluster(workloads: impl IntoIterator<Item = Workload>) -> Self {
         let entry = |workload: Workload| {
             let file = format!("pod {}/{}", workload.namespace, workload.name);
             (workload.uid.clone(), Entry { file, workload })
         };
-        Self { workloads: workloads.into_iter().map(entry).collect(), problems }
+        Self { workloads: workloads.into_iter().map(entry).collect(), problems: Vec::new() }
     }
 
     fn conflict(&self, owners: &HashMap<IpAddr, String>, new: &Workload) -> Option<String> {

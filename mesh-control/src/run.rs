@@ -14,7 +14,14 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{admin, config::Config, control::Control, files, http, server, watch};
+use crate::{
+    admin,
+    config::Config,
+    control::Control,
+    files, http,
+    kubernetes::{self, attest::Attestor, cluster::Cluster, secret},
+    server, watch,
+};
 
 /// How long calls in flight may take to end.
 const DRAIN: Duration = Duration::from_secs(5);
@@ -30,18 +37,26 @@ const RETRY: Duration = Duration::from_secs(5);
 /// # Errors
 ///
 /// What keeps it from starting, or made it end.
-pub async fn run(config: Config) -> anyhow::Result<()> {
+pub async fn run(mut config: Config) -> anyhow::Result<()> {
     files::private_dir(&config.state_dir)
         .with_context(|| format!("state_dir {}", config.state_dir.display()))?;
     let _lock = lock(&config)?;
-    let control = Arc::new(Control::open(config, SystemTime::now())?);
+    let now = SystemTime::now();
+    let api = match config.kubernetes.clone() {
+        Some(kubernetes) => {
+            let client = kube::Client::try_default().await.context("finding the API server")?;
+            if config.ca.is_none() {
+                secret::install(&client, &kubernetes, &mut config, now).await?;
+            }
+            Some((client, kubernetes))
+        }
+        None => None,
+    };
+    let control = Arc::new(Control::open(config, now)?);
     let config = control.config();
     let shutdown = CancellationToken::new();
     stop_on_signal(shutdown.clone())?;
 
-    let listener = TcpListener::bind(config.listen)
-        .await
-        .with_context(|| format!("listening on {} (`listen`)", config.listen))?;
     let http_listener = TcpListener::bind(config.http_listen)
         .await
         .with_context(|| format!("listening on {} (`http_listen`)", config.http_listen))?;
@@ -55,8 +70,24 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     tokio::spawn(maintain(Arc::clone(&control)));
     let admin = tokio::spawn(admin::serve(Arc::clone(&control), admin_listener, shutdown.clone()));
     let http = tokio::spawn(http::serve(Arc::clone(&control), http_listener, shutdown.clone()));
-    let agents =
-        tokio::spawn(server::serve(Arc::clone(&control), None, listener, shutdown.clone()));
+    if let Some((client, kubernetes)) = &api {
+        let cluster = Arc::new(Cluster::watch(client, kubernetes.namespace.clone()));
+        tokio::select! {
+            ready = cluster.ready() => ready.context("watching the API server")?,
+            () = shutdown.cancelled() => return Ok(()),
+        }
+        kubernetes::update(&control, &cluster).await;
+        tokio::spawn(kubernetes::follow(Arc::clone(&control), cluster));
+        let publish = kubernetes::publish_roots;
+        tokio::spawn(publish(client.clone(), kubernetes.clone(), Arc::clone(&control)));
+    }
+    // Not before: an agent that is refused a connection goes to another replica.
+    let listener = TcpListener::bind(config.listen)
+        .await
+        .with_context(|| format!("listening on {} (`listen`)", config.listen))?;
+    let attestor = api.map(|(client, kubernetes)| Attestor::new(client, kubernetes));
+    let serve = server::serve(Arc::clone(&control), attestor, listener, shutdown.clone());
+    let agents = tokio::spawn(serve);
     tracing::info!(
         trust_domain = %config.trust_domain,
         listen = %config.listen,

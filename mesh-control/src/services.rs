@@ -13,7 +13,7 @@ use std::{
 use mesh_common::api;
 
 pub use self::file::Files;
-use crate::registry::{Problem, Registry};
+use crate::registry::{Problem, Registry, is_host};
 
 /// What agents are told of services. Always in the same order, by name.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -29,7 +29,7 @@ pub struct Services {
 /// A service, with its endpoints, that somebody wants to be published.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Claim {
-    /// Who wants it, for people: the file's name.
+    /// Who wants it, for people: the file's name, or what Kubernetes calls it.
     pub origin: String,
     /// The service. Good in itself: no address or port in it is one that agents would refuse.
     pub service: api::Service,
@@ -104,6 +104,9 @@ fn conflict(
 ) -> Result<IpAddr, String> {
     let address: IpAddr = text.parse().map_err(|_| format!("{text:?} is no address"))?;
     let address = address.to_canonical();
+    if !is_host(address) {
+        return Err(format!("{address} is not an address to connect to"));
+    }
     if let Some(uid) = pods.get(&address) {
         return Err(format!("the address {address} is the workload's with the UID {uid}"));
     }

@@ -113,9 +113,12 @@ pub fn gather(control: &Control, now: SystemTime) -> Status {
     degraded.extend(problems.map(Problem::to_string));
     degraded
         .extend(sessions.iter().filter_map(|(node, s)| lagging(node, s, snapshot_version, now)));
-    degraded.extend(nodes_without_agent.iter().map(|node| {
-        format!("node {node}: workloads are registered there, but its agent is not connected")
-    }));
+    // Of several replicas none has all agents.
+    if control.config().kubernetes.is_none() {
+        degraded.extend(nodes_without_agent.iter().map(|node| {
+            format!("node {node}: workloads are registered there, but its agent is not connected")
+        }));
+    }
 
     Status {
         version: env!("CARGO_PKG_VERSION").to_owned(),

@@ -21,7 +21,7 @@ use serde::de::DeserializeOwned;
 use tokio::sync::Notify;
 
 use super::{registry, services};
-use crate::{registry::Registry, snapshot::Services};
+use crate::{registry::Registry, services::Files};
 
 /// A change is seldom alone: what comes within this time is taken together.
 const SETTLE: Duration = Duration::from_millis(100);
@@ -86,28 +86,20 @@ impl Cluster {
         tokio::time::sleep(SETTLE).await;
     }
 
-    /// The workloads and services as they are now.
-    pub fn state(&self) -> (Registry, Services) {
+    /// The workloads, and who wants which service, as they are now.
+    pub fn state(&self) -> (Registry, Files) {
         let (pods, namespaces) = (self.pods.state(), self.namespaces.state());
         let workloads = registry::workloads(
             pods.iter().map(AsRef::as_ref),
             namespaces.iter().map(AsRef::as_ref),
             &self.own_namespace,
         );
-        let owners = workloads
-            .iter()
-            .flat_map(|w| w.addresses.iter().map(|a| (*a, format!("{}/{}", w.namespace, w.name))))
-            .collect();
-        let found = self.services.state();
-        let (services, problems) = services::services(found.iter().map(AsRef::as_ref), &owners);
-        let mut slices: Vec<_> =
-            self.slices.state().iter().filter_map(|slice| services::slice(slice)).collect();
-        let mut nodes: Vec<_> =
-            self.nodes.state().iter().filter_map(|node| services::node(node)).collect();
-        // A store has no order, and a change of order is not one.
-        slices.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
-        nodes.sort_by(|a, b| a.name.cmp(&b.name));
-        (Registry::from_cluster(workloads, problems), Services { services, slices, nodes })
+        let (found, slices) = (self.services.state(), self.slices.state());
+        let claims =
+            services::claims(found.iter().map(AsRef::as_ref), slices.iter().map(AsRef::as_ref));
+        let nodes = self.nodes.state().iter().filter_map(|node| services::node(node)).collect();
+        let services = Files { claims, nodes, problems: Vec::new() };
+        (Registry::from_cluster(workloads), services)
     }
 }
 

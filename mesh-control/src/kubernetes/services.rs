@@ -11,7 +11,7 @@ use k8s_openapi::api::{
 };
 use mesh_common::api::{self, Locality};
 
-use crate::registry::{Problem, is_host};
+use crate::{registry::is_host, services::Claim};
 
 /// The label by which a slice names its service.
 pub(super) const SERVICE_NAME: &str = "kubernetes.io/service-name";
@@ -22,52 +22,32 @@ pub(super) const ZONE: &str = "topology.kubernetes.io/zone";
 /// Kubernetes' own default for the ClientIP affinity, in seconds.
 const AFFINITY_SECONDS: i32 = 10_800;
 
-/// The services of the cluster, by namespace and name, each with the addresses that are its alone.
-/// `workloads` says whose the addresses of workloads are.
-///
-/// Agents refuse a snapshot that contradicts itself. Here a workload comes before a service, and of
-/// two services at one address and port the older one has it, so that an address in use cannot be
-/// taken over by adding a service. The other one loses the address, and is reported.
-pub fn services<'a>(
-    found: impl IntoIterator<Item = &'a Service>,
-    workloads: &HashMap<IpAddr, String>,
-) -> (Vec<api::Service>, Vec<Problem>) {
-    let mut found: Vec<_> =
-        found.into_iter().filter_map(|found| Some((found, service(found)?))).collect();
-    let key = |service: &api::Service| (service.namespace.clone(), service.name.clone());
-    found.sort_by_cached_key(|(found, service)| {
-        (found.metadata.creation_timestamp.clone(), key(service))
-    });
-    let (mut services, mut problems) = (Vec::new(), Vec::new());
-    let mut taken: HashMap<(IpAddr, u32), String> = HashMap::new();
-    for (found, mut service) in found {
-        let name = format!("{}/{}", service.namespace, service.name);
-        for address in addresses(found) {
-            let at = |port: &api::ServicePort| (address, port.port);
-            let other = service.ports.iter().find_map(|port| taken.get(&at(port)));
-            let reason = if !is_host(address) {
-                format!("{address} is not an address to connect to")
-            } else if let Some(workload) = workloads.get(&address) {
-                format!("the address {address} is the workload {workload}'s")
-            } else if let Some(other) = other {
-                format!("the address {address} is the older service {other}'s, at the same port")
-            } else {
-                taken.extend(service.ports.iter().map(|port| (at(port), name.clone())));
-                service.addresses.push(address.to_string());
-                continue;
-            };
-            problems.push(Problem { file: format!("service {name}"), reason });
-        }
-        if !service.addresses.is_empty() {
-            services.push(service);
-        }
+/// Who wants which service, the oldest first: so that an address in use cannot be taken over by
+/// adding a service. Services without an address or a TCP port are left out.
+pub fn claims<'a>(
+    services: impl IntoIterator<Item = &'a Service>,
+    slices: impl IntoIterator<Item = &'a EndpointSlice>,
+) -> Vec<Claim> {
+    let mut theirs: HashMap<_, Vec<_>> = HashMap::new();
+    for slice in slices.into_iter().filter_map(slice) {
+        theirs.entry((slice.namespace.clone(), slice.service.clone())).or_default().push(slice);
     }
-    services.sort_by_cached_key(key);
-    problems.sort_by(|a, b| (&a.file, &a.reason).cmp(&(&b.file, &b.reason)));
-    (services, problems)
+    let mut found: Vec<_> = services
+        .into_iter()
+        .filter_map(|found| {
+            let service = service(found)?;
+            let key = (service.namespace.clone(), service.name.clone());
+            let slices = theirs.remove(&key).unwrap_or_default();
+            let origin = format!("service {}/{}", key.0, key.1);
+            let age = found.metadata.creation_timestamp.clone();
+            Some(((age, key), Claim { origin, service, slices }))
+        })
+        .collect();
+    found.sort_by(|(a, _), (b, _)| a.cmp(b));
+    found.into_iter().map(|(_, claim)| claim).collect()
 }
 
-/// A service, without its addresses. None if it has no TCP port.
+/// None without an address or a TCP port: the "None" of a headless service is not an address.
 fn service(found: &Service) -> Option<api::Service> {
     let spec = found.spec.as_ref()?;
     let ports = ports(
@@ -76,7 +56,8 @@ fn service(found: &Service) -> Option<api::Service> {
             .flatten()
             .map(|port| (port.name.as_deref(), Some(port.port), port.protocol.as_deref())),
     );
-    if ports.is_empty() {
+    let addresses: Vec<_> = addresses(found).iter().map(ToString::to_string).collect();
+    if ports.is_empty() || addresses.is_empty() {
         return None;
     }
     let affinity = spec.session_affinity.as_deref() == Some("ClientIP");
@@ -88,7 +69,7 @@ fn service(found: &Service) -> Option<api::Service> {
     Some(api::Service {
         namespace: found.metadata.namespace.clone()?,
         name: found.metadata.name.clone()?,
-        addresses: Vec::new(),
+        addresses,
         ports,
         client_ip_affinity_seconds: u32::try_from(timeout).ok().filter(|_| affinity).unwrap_or(0),
         locality: locality.into(),
@@ -96,7 +77,7 @@ fn service(found: &Service) -> Option<api::Service> {
     })
 }
 
-/// A headless service has none: its "None" is not an address.
+/// In an order that does not depend on the API server's.
 fn addresses(found: &Service) -> BTreeSet<IpAddr> {
     let spec = found.spec.iter();
     let of_spec = spec.flat_map(|spec| spec.cluster_ips.iter().chain(&spec.external_ips).flatten());
@@ -182,6 +163,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
+    use crate::{registry::Registry, services::resolve};
 
     /// A service `shop/<name>` that was made on that day.
     fn made(name: &str, day: u8, spec: Value, ingress: Value) -> Service {
@@ -198,9 +180,7 @@ mod tests {
 
     fn of(spec: Value) -> Option<api::Service> {
         let ingress = json!([{"ip": "192.0.2.9"}, {"hostname": "x"}]);
-        let (mut found, problems) = services(&[made("cart", 1, spec, ingress)], &HashMap::new());
-        assert_eq!(problems, []);
-        found.pop()
+        claims(&[made("cart", 1, spec, ingress)], &[]).pop().map(|claim| claim.service)
     }
 
     #[test]
@@ -222,47 +202,44 @@ mod tests {
 
     #[test]
     fn headless_services_are_left_out() {
-        let spec = json!({"clusterIPs": ["None"], "ports": [{"port": 80}]});
-        let (found, problems) = services(&[made("cart", 1, spec, json!([]))], &HashMap::new());
-        assert_eq!((found, problems), (Vec::new(), Vec::new()));
+        assert_eq!(of(json!({"clusterIPs": ["None"], "ports": [{"port": 80}]})), None);
     }
 
     #[test]
-    fn an_address_is_the_workload_s_then_the_older_service_s() {
-        let spec = |ip: &str, port: u16, external: &[&str]| json!({"clusterIPs": [ip], "ports": [{"port": port}], "externalIPs": external});
-        let none = || json!([]);
+    fn an_address_is_the_older_service_s() {
+        let spec = |ip: &str| json!({"clusterIPs": [ip], "ports": [{"port": 80}], "externalIPs": ["192.0.2.1"]});
         let mut cluster = vec![
-            made("z-first", 1, spec("10.96.0.1", 80, &["192.0.2.1"]), none()),
-            made("beside", 2, spec("10.96.0.2", 81, &["192.0.2.1"]), none()),
-            made("a-thief", 3, spec("10.96.0.3", 80, &["192.0.2.1", "10.0.0.7"]), none()),
-            made("nothing", 4, spec("10.96.0.1", 80, &["127.0.0.1"]), none()),
+            made("z-first", 1, spec("10.96.0.1"), json!([])),
+            made("a-thief", 2, spec("10.96.0.2"), json!([])),
         ];
-        let workloads = HashMap::from([("10.0.0.7".parse().unwrap(), "shop/cart-0".to_owned())]);
-        let (found, problems) = services(&cluster, &workloads);
+        let found = claims(&cluster, &[]);
+        let (services, problems) = resolve(&found, &[], &Registry::default());
         let addresses: Vec<_> =
-            found.iter().map(|s| (s.name.as_str(), s.addresses.join(" "))).collect();
-        assert_eq!(
-            addresses,
-            [
-                ("a-thief", "10.96.0.3".to_owned()),
-                ("beside", "10.96.0.2 192.0.2.1".to_owned()),
-                ("z-first", "10.96.0.1 192.0.2.1".to_owned()),
-            ]
-        );
+            services.services.iter().map(|s| (s.name.as_str(), s.addresses.join(" "))).collect();
+        let expected = [("a-thief", "10.96.0.2"), ("z-first", "10.96.0.1 192.0.2.1")];
+        assert_eq!(addresses, expected.map(|(name, all)| (name, all.to_owned())));
         let texts: Vec<_> = problems.iter().map(ToString::to_string).collect();
-        assert_eq!(
-            texts,
-            [
-                "service shop/a-thief: the address 10.0.0.7 is the workload shop/cart-0's",
-                "service shop/a-thief: the address 192.0.2.1 is the older service shop/z-first's, \
-                 at the same port",
-                "service shop/nothing: 127.0.0.1 is not an address to connect to",
-                "service shop/nothing: the address 10.96.0.1 is the older service shop/z-first's, \
-                 at the same port",
-            ]
-        );
+        let expected = "service shop/a-thief: 192.0.2.1:80 is taken by service shop/z-first already";
+        assert_eq!(texts, [expected]);
         cluster.reverse();
-        assert_eq!(services(&cluster, &workloads), (found, problems), "whatever the order");
+        assert_eq!(claims(&cluster, &[]), found, "whatever the order");
+    }
+
+    #[test]
+    fn slices_go_with_their_service_and_nowhere_else() {
+        let of = |namespace: &str, name: &str| {
+            let value = json!({
+                "metadata": {"namespace": namespace, "name": name,
+                             "labels": {"kubernetes.io/service-name": "cart"}},
+                "addressType": "IPv4", "endpoints": [],
+            });
+            serde_json::from_value::<EndpointSlice>(value).unwrap()
+        };
+        let slices = [of("shop", "cart-1"), of("other", "cart-2"), of("shop", "cart-3")];
+        let cart = made("cart", 1, json!({"clusterIPs": ["10.96.0.9"], "ports": [{"port": 80}]}), json!([]));
+        let found = claims(&[cart], &slices);
+        let names: Vec<_> = found[0].slices.iter().map(|slice| slice.name.as_str()).collect();
+        assert_eq!((found.len(), names), (1, vec!["cart-1", "cart-3"]));
     }
 
     #[test]

@@ -15,7 +15,7 @@ use mesh_common::{
 };
 use mesh_control::{
     registry::{Registry, Workload},
-    snapshot::Services,
+    services::Files,
 };
 use serde_json::json;
 use tonic::{Code, Status};
@@ -67,8 +67,8 @@ fn set_nodes(lab: &Lab, nodes: &[&str]) {
     };
     let node = |name: &&str| api::Node { name: (*name).to_owned(), zone: String::new() };
     let nodes = nodes.iter().map(node).collect();
-    let services = Services { nodes, ..Services::default() };
-    lab.control.set_cluster(Registry::from_cluster([workload], Vec::new()), services);
+    let services = Files { nodes, ..Files::default() };
+    lab.control.set_cluster(Registry::from_cluster([workload]), services);
 }
 
 /// Connects like an agent that knows the roots from the ConfigMap, and has no certificate yet.

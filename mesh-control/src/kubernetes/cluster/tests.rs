@@ -159,7 +159,7 @@ async fn services_that_contradict_each_other_do_not_reach_agents() {
     cluster.ready().await.unwrap();
     let (registry, services) = cluster.state();
     assert_eq!(registry.problems()[0].file, "service shop/thief");
-    let names: Vec<_> = services.services.iter().map(|service| service.name.as_str()).collect();
+    let names: Vec<_> = services.claims.iter().map(|claim| claim.service.name.as_str()).collect();
     assert_eq!(names, ["cart"]);
     assert_eq!((services.slices.len(), services.nodes.len()), (1, 1));
 }
