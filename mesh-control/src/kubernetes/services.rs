@@ -202,7 +202,8 @@ mod tests {
 
     #[test]
     fn headless_services_are_left_out() {
-        assert_eq!(of(json!({"clusterIPs": ["None"], "ports": [{"port": 80}]})), None);
+        let spec = json!({"clusterIPs": ["None"], "ports": [{"port": 80}]});
+        assert_eq!(claims(&[made("cart", 1, spec, json!([]))], &[]), []);
     }
 
     #[test]
@@ -219,7 +220,8 @@ mod tests {
         let expected = [("a-thief", "10.96.0.2"), ("z-first", "10.96.0.1 192.0.2.1")];
         assert_eq!(addresses, expected.map(|(name, all)| (name, all.to_owned())));
         let texts: Vec<_> = problems.iter().map(ToString::to_string).collect();
-        let expected = "service shop/a-thief: 192.0.2.1:80 is taken by service shop/z-first already";
+        let expected =
+            "service shop/a-thief: 192.0.2.1:80 is taken by service shop/z-first already";
         assert_eq!(texts, [expected]);
         cluster.reverse();
         assert_eq!(claims(&cluster, &[]), found, "whatever the order");
@@ -236,7 +238,12 @@ mod tests {
             serde_json::from_value::<EndpointSlice>(value).unwrap()
         };
         let slices = [of("shop", "cart-1"), of("other", "cart-2"), of("shop", "cart-3")];
-        let cart = made("cart", 1, json!({"clusterIPs": ["10.96.0.9"], "ports": [{"port": 80}]}), json!([]));
+        let cart = made(
+            "cart",
+            1,
+            json!({"clusterIPs": ["10.96.0.9"], "ports": [{"port": 80}]}),
+            json!([]),
+        );
         let found = claims(&[cart], &slices);
         let names: Vec<_> = found[0].slices.iter().map(|slice| slice.name.as_str()).collect();
         assert_eq!((found.len(), names), (1, vec!["cart-1", "cart-3"]));
