@@ -169,7 +169,8 @@ fn cargo() -> Command {
     Command::new(env::var_os("CARGO").as_deref().unwrap_or(OsStr::new("cargo")))
 }
 
-fn root() -> Result<&'static Path> {
+/// Where the workspace is.
+pub(crate) fn root() -> Result<&'static Path> {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask is in the workspace")
 }
 

@@ -1,4 +1,4 @@
-//! Developer commands: `cargo xtask build | test | lint | demo | image`.
+//! Developer commands: `cargo xtask build | test | lint | demo | image | manifests`.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -8,6 +8,7 @@ use clap::{Parser, Subcommand};
 
 mod commands;
 mod demo;
+mod deploy;
 mod image;
 
 #[derive(Parser)]
@@ -48,6 +49,8 @@ enum Verb {
         #[arg(long)]
         debug: bool,
     },
+    /// Render the Helm chart as plain manifests, in deploy/manifests. Needs helm.
+    Manifests,
     /// Check formatting, and run clippy over the host crates and the eBPF programs.
     Lint,
 }
@@ -73,6 +76,7 @@ fn run(arguments: Arguments) -> Result<()> {
         Verb::Image { archive, tag, debug } => {
             image::write(&commands::build(!debug)?, &tag, &archive)
         }
+        Verb::Manifests => deploy::render(commands::root()?),
         Verb::Lint => commands::lint(),
     }
 }
