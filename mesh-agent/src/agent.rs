@@ -3,10 +3,7 @@
 use std::{sync::Arc, time::SystemTime};
 
 use anyhow::{Context as _, Result};
-use tokio::{
-    signal::unix::{SignalKind, signal},
-    sync::mpsc,
-};
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -14,6 +11,7 @@ use crate::{
     balance::Balancer,
     bpf::Datapath,
     config::Config,
+    ending::Ending,
     identity::{self, Identity},
     logging, node,
     pod::{
@@ -45,6 +43,7 @@ pub fn run(config: Config) -> Result<()> {
     }
     runtime.enable_all().build().context("starting the runtime")?.block_on(async {
         let files = node::raise_file_limit()?;
+        node::make_settings_writable()?;
         let server = Server::bind(&config.admin_socket(), config.http_listen).await?;
         let cgroup = config.cgroup.clone().map_or_else(node::cgroup2_root, Ok)?;
         let host = config.ingress.host_probes.then(netns_cookie_here).transpose();
@@ -96,13 +95,9 @@ pub fn run(config: Config) -> Result<()> {
         let (sender, receiver) = mpsc::channel(QUEUE);
         let end = CancellationToken::new();
         let ended = end.clone();
-        let mut terminate = signal(SignalKind::terminate()).context("waiting for signals")?;
-        let mut interrupt = signal(SignalKind::interrupt()).context("waiting for signals")?;
+        let mut ending = Ending::listen().context("waiting for signals")?;
         tokio::spawn(async move {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-            }
+            ending.told().await;
             tracing::info!("draining: no new connections");
             ended.cancel();
         });
@@ -120,6 +115,7 @@ pub fn run(config: Config) -> Result<()> {
 ///
 /// When an agent is running, or something cannot be removed.
 pub fn uninstall(config: Config) -> Result<()> {
+    node::make_settings_writable()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         // Fails if an agent answers there.

@@ -19,6 +19,7 @@ use crate::{
         status::{Pod, Status},
     },
     config::{Config, ConfigError, DEFAULT_ADMIN_SOCKET, EXIT_BAD_CONFIG, Udp},
+    ending::Ending,
 };
 
 /// `status` found something wrong, or a command failed.
@@ -92,6 +93,10 @@ enum Command {
         #[command(flatten)]
         agent: Agent,
     },
+    /// Do nothing until SIGTERM or SIGINT
+    ///
+    /// For a container that has to stay when its work is done, as those of a DaemonSet.
+    Pause,
     /// Remove everything the agent ever made on this node: programs, maps, rules and routes
     ///
     /// The agent must not be running. Pods then talk without the mesh, in plaintext.
@@ -183,6 +188,7 @@ impl Cli {
             Command::Run { config } => load(config).and_then(|config| Ok(run(config)?)),
             Command::Uninstall { config } => load(config).and_then(|config| Ok(uninstall(config)?)),
             Command::Status { view, json, agent } => return status(view, json, &agent),
+            Command::Pause => ask(async { Ok(Ending::listen().map_err(failed)?.told().await) }),
             Command::Enroll { uid, netns, udp, wait, agent } => ask(async {
                 let client = agent.client()?;
                 client.enroll(&uid, &netns, udp).await?;
@@ -293,6 +299,7 @@ mod tests {
             "status --json --config a.yaml",
             "enroll --uid u1 --netns /run/netns/a --udp deny --wait 0",
             "unenroll --uid u1 --socket /run/s",
+            "pause",
             "uninstall --config a.yaml",
         ] {
             let words = std::iter::once("mesh-agent").chain(line.split(' '));

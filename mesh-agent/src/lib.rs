@@ -6,6 +6,7 @@ pub mod balance;
 pub mod bpf;
 pub mod cli;
 pub mod config;
+pub mod ending;
 pub mod identity;
 pub mod logging;
 pub mod node;

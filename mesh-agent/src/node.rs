@@ -3,10 +3,19 @@
 use std::{fs, os::unix::fs::MetadataExt as _, path::PathBuf};
 
 use anyhow::{Context as _, Result};
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::{
+    mount::{MsFlags, mount},
+    sys::{
+        resource::{Resource, getrlimit, setrlimit},
+        statvfs::{FsFlags, statvfs},
+    },
+};
 
 /// The inode of the root of a cgroup hierarchy, and of no other cgroup.
 const CGROUP_ROOT_INODE: u64 = 1;
+
+/// Where the kernel's settings are.
+const SETTINGS: &str = "/proc/sys";
 
 /// The root of the cgroup2 hierarchy, by the mount table: `/sys/fs/cgroup`, or beside the first
 /// version's controllers where both are in use. A container may see a part of it only, in which
@@ -34,6 +43,27 @@ fn cgroup2_mounts(mounts: &str) -> impl Iterator<Item = PathBuf> {
     })
 }
 
+/// Makes the kernel's settings writable: container runtimes mount them read-only, and pods need
+/// some in their network namespaces. Only this process's container sees the difference.
+///
+/// # Errors
+///
+/// When the kernel refuses.
+pub fn make_settings_writable() -> Result<()> {
+    let found = statvfs(SETTINGS).with_context(|| format!("looking at {SETTINGS}"))?;
+    if !found.flags().contains(FsFlags::ST_RDONLY) {
+        return Ok(());
+    }
+    let none = None::<&str>;
+    let flags = MsFlags::MS_REMOUNT
+        | MsFlags::MS_BIND
+        | MsFlags::MS_NOSUID
+        | MsFlags::MS_NODEV
+        | MsFlags::MS_NOEXEC;
+    mount(none, SETTINGS, none, flags, none)
+        .with_context(|| format!("making {SETTINGS} writable in this container (CAP_SYS_ADMIN)"))
+}
+
 /// Raises the limit of open files to what the kernel allows: a connection takes two.
 ///
 /// # Errors
@@ -57,7 +87,30 @@ fn file_limit_ceiling() -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use nix::sched::{CloneFlags, unshare};
+
     use super::*;
+
+    /// A setting that every network namespace has for itself.
+    const OWN_SETTING: &str = "/proc/sys/net/ipv4/ip_default_ttl";
+
+    #[test]
+    fn settings_can_be_written_where_a_runtime_forbids_it() {
+        let thread = std::thread::spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET).unwrap();
+            let none = None::<&str>;
+            let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+            mount(none, "/", none, private, none).unwrap();
+            mount(Some(SETTINGS), SETTINGS, none, MsFlags::MS_BIND, none).unwrap();
+            let read_only = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
+            mount(none, SETTINGS, none, read_only, none).unwrap();
+            assert!(fs::write(OWN_SETTING, "63").is_err());
+            make_settings_writable().unwrap();
+            make_settings_writable().unwrap();
+            fs::write(OWN_SETTING, "63").unwrap();
+        });
+        thread.join().unwrap();
+    }
 
     #[test]
     fn cgroup2_is_found_beside_the_first_version() {

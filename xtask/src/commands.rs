@@ -18,11 +18,32 @@ enum Tools {
     All,
 }
 
-/// Builds the binaries, and says in which directory they are.
-pub(crate) fn build(release: bool) -> Result<PathBuf> {
+/// Builds the binaries for the laboratory.
+pub(crate) fn build() -> Result<()> {
     setup(Tools::Build)?;
-    build_binaries(release)?;
-    Ok(root()?.join("target").join(if release { "release" } else { "debug" }))
+    build_binaries(cargo().arg("build"))
+}
+
+/// Builds the binaries for other machines, and says in which directory they are. They are linked
+/// statically: the agent copies itself to its node as CNI plugin, whatever libraries are there.
+pub(crate) fn build_static(release: bool) -> Result<PathBuf> {
+    setup(Tools::Build)?;
+    let host = host()?;
+    let flags = format!("CARGO_TARGET_{}_RUSTFLAGS", host.replace('-', "_").to_uppercase());
+    let mut cargo = cargo();
+    // Naming the target keeps the flags away from build scripts and procedural macros.
+    cargo.env(flags, "-C target-feature=+crt-static").args(["build", "--target", &host]);
+    build_binaries(cargo.args(release.then_some("--release")))?;
+    let profile = if release { "release" } else { "debug" };
+    Ok(root()?.join("target").join(host).join(profile))
+}
+
+/// The target that rustc compiles for unless told otherwise.
+fn host() -> Result<String> {
+    let output = Command::new("rustc").arg("-vV").output().context("running rustc -vV")?;
+    let text = String::from_utf8(output.stdout).context("reading rustc -vV")?;
+    let host = text.lines().find_map(|line| line.strip_prefix("host: "));
+    host.map(str::to_owned).context("rustc -vV names no host")
 }
 
 /// Runs every test, or only the laboratory tests with `lab` in their name; `threads` at a time.
@@ -79,7 +100,7 @@ fn replay_corpora() -> Result<()> {
 pub(crate) fn prepare_demo() -> Result<()> {
     ensure_root()?;
     setup(Tools::All)?;
-    build_binaries(false)
+    build_binaries(cargo().arg("build"))
 }
 
 fn ensure_root() -> Result<()> {
@@ -152,9 +173,8 @@ fn ebpf_toolchain() -> Result<BTreeMap<String, String>> {
         .collect())
 }
 
-fn build_binaries(release: bool) -> Result<()> {
-    let profile = if release { "--release" } else { "--profile=dev" };
-    run(cargo().args(["build", profile, "--package", "mesh-agent", "--package", "mesh-control"]))
+fn build_binaries(build: &mut Command) -> Result<()> {
+    run(build.args(["--package", "mesh-agent", "--package", "mesh-control"]))
 }
 
 fn setup(tools: Tools) -> Result<()> {

@@ -22,7 +22,7 @@ struct Arguments {
 enum Verb {
     /// Build the agent, with its eBPF programs, and the control plane.
     Build {
-        /// Build what is to be deployed, not what the laboratory uses.
+        /// Build what is to be deployed, linked statically, not what the laboratory uses.
         #[arg(long)]
         release: bool,
     },
@@ -45,7 +45,7 @@ enum Verb {
         /// The images' tag.
         #[arg(long, default_value = env!("CARGO_PKG_VERSION"))]
         tag: String,
-        /// Take the binaries that the laboratory uses: quicker to build, slower to run.
+        /// Do not optimize: quicker to build, slower to run.
         #[arg(long)]
         debug: bool,
     },
@@ -67,14 +67,18 @@ fn main() -> ExitCode {
 
 fn run(arguments: Arguments) -> Result<()> {
     match arguments.verb {
-        Verb::Build { release } => commands::build(release).map(drop),
+        Verb::Build { release: true } => {
+            println!("{}", commands::build_static(true)?.display());
+            Ok(())
+        }
+        Verb::Build { release: false } => commands::build(),
         Verb::Test { lab, threads } => commands::test(lab.as_deref(), threads),
         Verb::Demo => {
             commands::prepare_demo()?;
             demo::run()
         }
         Verb::Image { archive, tag, debug } => {
-            image::write(&commands::build(!debug)?, &tag, &archive)
+            image::write(&commands::build_static(!debug)?, &tag, &archive)
         }
         Verb::Manifests => deploy::render(commands::root()?),
         Verb::Lint => commands::lint(),
