@@ -59,7 +59,7 @@ pub fn run(config: Config) -> Result<()> {
         let identity = Identity::start(identity::Config {
             node: config.node.clone(),
             control_plane: config.control_plane.iter().map(ToString::to_string).collect(),
-            join_token_file: config.join_token_file.clone(),
+            credential: config.credential(),
             runtime_dir: config.runtime_dir.clone(),
         })?;
         let (source, pods) = DirectorySource::new(config.pods_dir.clone(), config.udp);

@@ -2,8 +2,10 @@
 //!
 //! `config.example.yaml` names every key with its default; `docs/operations.md` explains them.
 
+mod kubernetes;
+
 use std::{
-    fmt, fs, io,
+    env, fmt, fs, io,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     num::{NonZeroU16, NonZeroU32, NonZeroUsize},
     os::unix::fs::{DirBuilderExt as _, MetadataExt as _},
@@ -21,7 +23,11 @@ use serde::{
     de::{self, DeserializeOwned},
 };
 
-use crate::policy::{AddressRanges, Egress, PlaintextIngress, Policy};
+pub use self::kubernetes::Kubernetes;
+use crate::{
+    identity::Credential,
+    policy::{AddressRanges, Egress, PlaintextIngress, Policy},
+};
 
 /// Where the admin socket is when neither the configuration nor the command line says otherwise.
 pub const DEFAULT_ADMIN_SOCKET: &str = "/run/nodemesh/agent.sock";
@@ -49,9 +55,22 @@ pub enum ConfigError {
         /// Where and why.
         source: Box<serde_saphyr::Error>,
     },
-    /// `node` is not given and the host name cannot stand for it.
-    #[error("the host name cannot be this node's name, set `node` in the configuration: {0}")]
-    HostName(#[from] SpiffeError),
+    /// `node` is not given and what would stand for it cannot.
+    #[error("{found} cannot be this node's name, set `node` in the configuration: {source}")]
+    NodeName {
+        /// Where the name was found.
+        found: &'static str,
+        /// What is wrong with it.
+        source: SpiffeError,
+    },
+    /// `control_plane` is not given, and nothing stands for it.
+    #[error("the configuration {path} has no `control_plane`: {reason}", path = path.display())]
+    NoControlPlane {
+        /// The file.
+        path: PathBuf,
+        /// What to do about it.
+        reason: String,
+    },
     /// The runtime directory cannot be made.
     #[error("cannot create runtime_dir {path} with mode 0700: {source}", path = path.display())]
     RuntimeDir {
@@ -83,11 +102,14 @@ pub enum ConfigError {
 #[serde(deny_unknown_fields)]
 pub struct Config {
     /// This node's name, as in its join token and in the registry. Default: the host name.
-    #[serde(default = "host_name", deserialize_with = "node_name")]
+    #[serde(default, deserialize_with = "segment")]
     pub node: String,
     /// Where the control plane listens, tried in this order.
-    #[serde(deserialize_with = "non_empty")]
+    #[serde(default, deserialize_with = "non_empty")]
     pub control_plane: Vec<Endpoint>,
+    /// The agent is a pod of a Kubernetes cluster.
+    #[serde(default)]
+    pub kubernetes: Option<Kubernetes>,
     /// Every range of the cluster's pod and service addresses: an address inside that is not
     /// registered is never dialled in plaintext.
     pub cluster_ranges: AddressRanges,
@@ -139,15 +161,31 @@ impl Config {
     ///
     /// # Errors
     ///
-    /// [`ConfigError::Read`], [`ConfigError::Invalid`] and [`ConfigError::HostName`].
+    /// [`ConfigError::Read`], [`ConfigError::Invalid`], [`ConfigError::NodeName`] and
+    /// [`ConfigError::NoControlPlane`].
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        Self::load_in(path, &|name| env::var(name).ok())
+    }
+
+    fn load_in(
+        path: &Path,
+        environment: &dyn Fn(&str) -> Option<String>,
+    ) -> Result<Self, ConfigError> {
         let text = fs::read_to_string(path)
             .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
-        let config: Self = parse_yaml(&text).map_err(|source| ConfigError::Invalid {
+        let mut config: Self = parse_yaml(&text).map_err(|source| ConfigError::Invalid {
             path: path.to_owned(),
             source: source.into(),
         })?;
-        check_segment(&config.node)?;
+        let on_kubernetes = config.kubernetes.is_some();
+        if config.node.is_empty() {
+            config.node = kubernetes::node_name(on_kubernetes, environment)?;
+        }
+        if config.control_plane.is_empty() {
+            let found = kubernetes::control_plane(on_kubernetes, environment);
+            let missing = |reason| ConfigError::NoControlPlane { path: path.to_owned(), reason };
+            config.control_plane = vec![found.map_err(missing)?];
+        }
         Ok(config)
     }
 
@@ -162,6 +200,17 @@ impl Config {
             cluster: self.cluster_ranges.clone(),
             egress: self.egress,
             plaintext_ingress: self.ingress.plaintext.clone(),
+        }
+    }
+
+    /// What the node joins with.
+    pub fn credential(&self) -> Credential {
+        match &self.kubernetes {
+            None => Credential::JoinToken { file: self.join_token_file.clone() },
+            Some(kubernetes) => Credential::ServiceAccount {
+                token_file: kubernetes.service_account_token_file.clone(),
+                bundle_file: kubernetes.bundle_file.clone(),
+            },
         }
     }
 
@@ -337,10 +386,6 @@ pub(crate) fn parse_yaml<T: DeserializeOwned>(text: &str) -> Result<T, serde_sap
     serde_saphyr::from_str_with_options(text, serde_saphyr::options! { with_snippet: false })
 }
 
-fn host_name() -> String {
-    nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()).unwrap_or_default()
-}
-
 fn join_token_file() -> PathBuf {
     "/etc/nodemesh/join-token".into()
 }
@@ -361,7 +406,7 @@ fn http_listen() -> SocketAddr {
     (Ipv4Addr::LOCALHOST, 9465).into()
 }
 
-fn node_name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+fn segment<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
     let name = String::deserialize(deserializer)?;
     check_segment(&name).map_err(de::Error::custom)?;
     Ok(name)

@@ -8,6 +8,15 @@ fn load(text: &str) -> Result<Config, ConfigError> {
     Config::load(file.path())
 }
 
+/// With these variables and no others.
+fn load_in(text: &str, environment: &[(&str, &str)]) -> Result<Config, String> {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(file.path(), text).unwrap();
+    let find = |name: &str| environment.iter().find(|(found, _)| *found == name);
+    let environment = |name: &str| find(name).map(|(_, value)| (*value).to_owned());
+    Config::load_in(file.path(), &environment).map_err(|error| error.to_string())
+}
+
 /// What the operator reads when `extra` is added to a configuration that is fine without it.
 fn refusal(extra: &str) -> String {
     load(MINIMAL).unwrap();
@@ -40,6 +49,7 @@ fn the_example_is_valid_and_its_comments_are_the_defaults() {
         cgroup: Some("/sys/fs/cgroup".into()),
         workers: NonZeroUsize::new(4),
         ingress: spelled.ingress.clone(),
+        kubernetes: Some(Kubernetes::default()),
         ..as_shipped
     };
     assert_eq!(spelled, expected);
@@ -93,6 +103,10 @@ fn bad_values_are_refused_with_their_place() {
         ("timeouts: {handshake: 0s}\n", "zero"),
         ("timeouts: {handshake: 5}\n", "5"),
         ("log: {level: \"mesh=loud\"}\n", "loud"),
+        ("node: ''\n", "is no name"),
+        ("kubernetes: {namespace: a/b}\n", "a/b"),
+        ("kubernetes: {bundle_file: ca.crt}\n", "absolute"),
+        ("kubernetes: {audience: x}\n", "audience"),
         ("ingress: {plaintext: [{ranges: [10.0.0.0/8], ports: []}]}\n", "empty"),
         ("ingress: {plaintext: [{ranges: [], ports: [1]}]}\n", "empty"),
         ("ingress: {plaintext: [{ranges: [10.0.0.1/8], ports: [1]}]}\n", "10.0.0.0/8"),
@@ -119,6 +133,47 @@ fn endpoints_are_parsed_once() {
     {
         assert!(text.parse::<Endpoint>().is_err(), "{text}");
     }
+}
+
+const IN_A_POD: &str = "kubernetes: {}\ncluster_ranges: [10.0.0.0/8]\n";
+const HOST: &str = "NODEMESH_CONTROL_SERVICE_HOST";
+const PORT: &str = "NODEMESH_CONTROL_SERVICE_PORT";
+
+#[test]
+fn in_a_cluster_the_kubelet_says_where_the_control_plane_is() {
+    for (host, expected) in [("10.96.0.7", "10.96.0.7:8443"), ("fd00:96::7", "[fd00:96::7]:8443")] {
+        let config = load_in(IN_A_POD, &[(HOST, host), (PORT, "8443")]).unwrap();
+        assert_eq!(config.control_plane, [expected.parse().unwrap()]);
+        assert_eq!(config.kubernetes, Some(Kubernetes::default()));
+    }
+    let named = format!("{IN_A_POD}control_plane: [other:1]\n");
+    let config = load_in(&named, &[(HOST, "10.96.0.7"), (PORT, "8443")]).unwrap();
+    assert_eq!(config.control_plane, ["other:1".parse().unwrap()]);
+
+    for (environment, word) in [
+        (&[][..], "is there a Service nodemesh-control"),
+        (&[(HOST, "10.96.0.7")], "is there a Service nodemesh-control"),
+        (&[(HOST, "10.96.0.7"), (PORT, "tcp://10.96.0.7:8443")], HOST),
+    ] {
+        let error = load_in(IN_A_POD, environment).unwrap_err();
+        assert!(error.contains("`control_plane`") && error.contains(word), "{error}");
+    }
+    let elsewhere = "cluster_ranges: [10.0.0.0/8]\n";
+    let error = load_in(elsewhere, &[(HOST, "10.96.0.7"), (PORT, "8443")]).unwrap_err();
+    assert!(error.contains("host:port"), "{error}");
+}
+
+#[test]
+fn the_node_s_name_is_the_configuration_s_the_cluster_s_or_the_host_s() {
+    let in_a_pod = |more: &str| format!("{MINIMAL}kubernetes: {{}}\n{more}");
+    let node = |text: &str, name: &str| load_in(text, &[("NODE_NAME", name)]).map(|c| c.node);
+    assert_eq!(node(&in_a_pod(""), "n1").unwrap(), "n1");
+    assert_eq!(node(&in_a_pod("node: n2\n"), "n1").unwrap(), "n2");
+    let host = load_in(MINIMAL, &[]).unwrap().node;
+    assert_eq!(node(MINIMAL, "n1").unwrap(), host, "outside of a cluster it is nobody's word");
+    assert_eq!(load_in(&in_a_pod(""), &[]).unwrap().node, host);
+    let error = node(&in_a_pod(""), "n/1").unwrap_err();
+    assert!(error.contains("NODE_NAME") && error.contains("n/1"), "{error}");
 }
 
 #[test]

@@ -84,8 +84,8 @@ enum Reason {
     Timeout(&'static str),
     /// Either another mesh, or a change of the roots that happened while this agent was away.
     #[error(
-        "no root that this agent trusts vouches for its certificate. If the mesh has got new roots \
-         meanwhile, put a new join token in place, and the node joins anew"
+        "no root that this agent trusts vouches for its certificate: it is of another mesh, or the \
+         mesh has got new roots meanwhile"
     )]
     Distrust,
     #[error("{0}")]

@@ -18,11 +18,11 @@ use tonic::Code;
 
 use super::{
     connect::{self, Client, ConnectError, connect, words},
+    joining::{Spent, Ticket},
     node::{NodeError, NodeIdentity, NodeIssuer},
     schedule::{Clock, before_it_is_too_late, retry_delays, while_certificates_last},
     snapshots::Snapshots,
     status::{Connection, Counters, Problem, Status, count},
-    token_watch::TokenWatch,
 };
 
 /// How long the control plane may take to accept the stream of snapshots.
@@ -49,15 +49,19 @@ enum LinkError {
     Expired,
     #[error("cannot set up TLS: {0}")]
     Tls(#[from] rustls::Error),
+    #[error("{error}; nor can the node join anew: {joining}")]
+    NotAnew { error: Box<LinkError>, joining: NodeError },
 }
 
 impl LinkError {
     /// Whether joining again would help: one side does not trust the other any more.
-    fn calls_for_a_token(&self) -> bool {
+    fn calls_for_joining(&self) -> bool {
         match self {
             Self::Connect(error) => error.is_distrust(),
             Self::Refused(status) => status.code() == Code::Unauthenticated,
-            Self::Node(_) | Self::Lost(_) | Self::Expired | Self::Tls(_) => false,
+            Self::Node(_) | Self::Lost(_) | Self::Expired | Self::Tls(_) | Self::NotAnew { .. } => {
+                false
+            }
         }
     }
 }
@@ -76,10 +80,9 @@ pub(super) struct Link {
 impl Link {
     /// Runs until it is dropped.
     pub(super) async fn run(self) {
-        let token = TokenWatch::start(&self.issuer.join_token_file);
+        let token = self.issuer.credential.watch();
         let mut identity = self.stored_identity();
-        // The token that the control plane knows already and will not take again.
-        let mut spent = None;
+        let mut spent = Spent::default();
         let mut delays = retry_delays();
         loop {
             self.status.send_modify(|status| {
@@ -88,8 +91,9 @@ impl Link {
             let synced_before = self.status.borrow().last_sync;
             let result = match &identity {
                 Some(identity) => match self.session(identity).await {
-                    Err(error) if error.calls_for_a_token() => {
-                        self.join_instead(error, &mut spent).await
+                    Err(error) if error.calls_for_joining() => {
+                        let delay = delays.next().unwrap_or_default();
+                        self.join_instead(error, &mut spent, delay).await
                     }
                     result => result,
                 },
@@ -122,7 +126,8 @@ impl Link {
                 | LinkError::Connect(_)
                 | LinkError::Refused(_)
                 | LinkError::Lost(_)
-                | LinkError::Tls(_) => {
+                | LinkError::Tls(_)
+                | LinkError::NotAnew { .. } => {
                     let lifetime = self.snapshots.current().settings().svid_lifetime;
                     let delay = delays.next().unwrap_or(TRY_TOKEN_EVERY);
                     while_certificates_last(delay, lifetime)
@@ -135,35 +140,51 @@ impl Link {
         }
     }
 
-    /// Joins with the token in the file, whichever it is.
-    async fn join(&self, spent: &mut Option<String>) -> Result<NodeIdentity, NodeError> {
-        let result = async {
-            let token = self.issuer.token()?;
-            let result = self.issuer.join(&token, || self.clock.now()).await;
-            if matches!(result, Ok(_) | Err(NodeError::JoinRefused { .. })) {
-                *spent = Some(token.digest());
-            }
-            result
+    /// Joins with whatever there is.
+    async fn join(&self, spent: &mut Spent) -> Result<NodeIdentity, NodeError> {
+        let Self { issuer, counters, .. } = self;
+        let result = match issuer.credential.read(&issuer.node) {
+            Ok(ticket) => self.join_with(&ticket, spent).await,
+            Err(error) => Err(error),
         };
-        result.await.inspect_err(|_| count(&self.counters.node_certificate_failures))
+        result.inspect_err(|_| count(&counters.node_certificate_failures))
     }
 
-    /// The node's certificate is not expired, but of no use. If the operator has put a new token
-    /// in place that helps; otherwise `error` stays the error.
+    async fn join_with(
+        &self,
+        ticket: &Ticket,
+        spent: &mut Spent,
+    ) -> Result<NodeIdentity, NodeError> {
+        let result = self.issuer.join(ticket, || self.clock.now()).await;
+        if matches!(result, Ok(_) | Err(NodeError::JoinToken(_))) {
+            *spent = ticket.spent();
+        }
+        result
+    }
+
+    /// The node's certificate is not expired, but of no use: joining anew helps, if that is
+    /// possible. A control plane that refuses also what it has just issued gets a `pause`.
     async fn join_instead(
         &self,
         error: LinkError,
-        spent: &mut Option<String>,
+        spent: &mut Spent,
+        pause: Duration,
     ) -> Result<NodeIdentity, LinkError> {
-        match self.issuer.token() {
-            Ok(token) if *spent != Some(token.digest()) => {
-                tracing::warn!(%error, "trying to join anew");
-                self.join(spent).await.map_err(|join_error| {
-                    tracing::warn!(error = %join_error, "cannot join anew");
-                    error
-                })
+        let Self { issuer, counters, .. } = self;
+        let not_anew = |joining| LinkError::NotAnew { error: Box::new(error), joining };
+        let ticket = match issuer.credential.read_another(&issuer.node, spent) {
+            Ok(ticket) => ticket,
+            Err(joining) => return Err(not_anew(joining)),
+        };
+        match self.join_with(&ticket, spent).await {
+            Ok(identity) => {
+                tokio::time::sleep(pause).await;
+                Ok(identity)
             }
-            Ok(_) | Err(_) => Err(error),
+            Err(joining) => {
+                count(&counters.node_certificate_failures);
+                Err(not_anew(joining))
+            }
         }
     }
 

@@ -10,6 +10,7 @@ mod connect;
 mod control;
 mod credentials;
 mod files;
+mod joining;
 mod node;
 mod registry;
 mod rotation;
@@ -38,6 +39,7 @@ use self::{
     svid_store::SvidStore,
 };
 pub use self::{
+    joining::Credential,
     registry::{RegistryError, Settings, Snapshot, Workload},
     services::{Endpoint, Found, Readiness, ServicePort, Services, ServicesError},
     status::{Connection, Counters, NodeCertificate, Problem, Status},
@@ -51,8 +53,8 @@ pub struct Config {
     pub node: String,
     /// Where the control plane listens, each as `host:port`, tried in this order.
     pub control_plane: Vec<String>,
-    /// The join token, read only while the node has no valid certificate.
-    pub join_token_file: PathBuf,
+    /// What the node joins with while it has no usable certificate.
+    pub credential: Credential,
     /// An existing directory of mode 0700. Used in it: `node.pem`, `node-roots.pem`,
     /// `snapshot.pb` and the directory `svid`.
     pub runtime_dir: PathBuf,
@@ -98,7 +100,7 @@ impl Identity {
     }
 
     fn start_with(config: Config, dialer: Dialer, clock: Clock) -> Result<Self, StartError> {
-        let Config { node, control_plane, join_token_file, runtime_dir } = config;
+        let Config { node, control_plane, credential, runtime_dir } = config;
         let unusable = |source| StartError { path: runtime_dir.clone(), source };
         let counters = Arc::new(Counters::default());
         let dir = PrivateDir::open(&runtime_dir).map_err(unusable)?;
@@ -113,7 +115,7 @@ impl Identity {
             issuer: NodeIssuer {
                 node: node.clone(),
                 endpoints: control_plane,
-                join_token_file,
+                credential,
                 dialer,
                 dir,
             },

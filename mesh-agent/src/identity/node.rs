@@ -1,28 +1,24 @@
-//! The node's own certificate, by which the control plane knows it: got for a join token, renewed
-//! with itself from then on.
+//! The node's own certificate, by which the control plane knows it: got by joining, renewed with
+//! itself from then on.
 
 use std::{
-    fs, io,
-    path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use mesh_common::{
     api,
-    join::{JoinToken, TokenError},
     spiffe::{SpiffeId, TrustDomain},
     svid::{Kind, Leaf, PeerVerifier, SvidError, TrustBundle, Usage, client_config},
 };
 use rustls::sign::CertifiedKey;
 use tokio::time::timeout;
-use tonic::Code;
-use zeroize::Zeroizing;
 
 use super::{
-    connect::{Client, ConnectError, Dialer, connect, words},
+    connect::{Client, ConnectError, Connection, Dialer, connect, words},
     credentials::{self, CredentialsError, NewKey},
     files::PrivateDir,
+    joining::{Credential, JoinTokenError, ServiceAccountError, Ticket},
     schedule::rotation_time,
     status::NodeCertificate,
     svid::unix,
@@ -37,58 +33,12 @@ const ROOTS_FILE: &str = "node-roots.pem";
 /// Why the node has no certificate, or no new one.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum NodeError {
-    /// There is no token to join with.
-    #[error(
-        "this node has no valid certificate and there is no join token: make one with \
-         `mesh-control token create` for the node {node} and put it into {}", path.display()
-    )]
-    NoToken {
-        /// This node.
-        node: String,
-        /// Where the token is expected.
-        path: PathBuf,
-    },
-    /// The token cannot be read.
-    #[error("cannot read the join token {}: {source}", path.display())]
-    ReadToken {
-        /// Where the token is expected.
-        path: PathBuf,
-        /// What the kernel said.
-        source: io::Error,
-    },
-    /// The file contains something else.
-    #[error("{}: {source}", path.display())]
-    BadToken {
-        /// Where the token is expected.
-        path: PathBuf,
-        /// What is wrong with it.
-        source: TokenError,
-    },
-    /// A token for another node.
-    #[error(
-        "the join token is for the node {found}, this one is {node}: make one for this node, or \
-         correct `node` in the configuration"
-    )]
-    OtherNode {
-        /// This node.
-        node: String,
-        /// The one in the token.
-        found: String,
-    },
-    /// The control plane knows the token and does not accept it, or does not know it.
-    #[error(
-        "the control plane refuses to let the node {node} join: {reason}. A token serves once and \
-         not for ever: make a new one with `mesh-control token create` and put it into {}",
-        path.display()
-    )]
-    JoinRefused {
-        /// This node.
-        node: String,
-        /// What the control plane said.
-        reason: String,
-        /// Where the token is expected.
-        path: PathBuf,
-    },
+    /// There is no join token that could serve.
+    #[error(transparent)]
+    JoinToken(#[from] JoinTokenError),
+    /// The service account token does not serve.
+    #[error(transparent)]
+    ServiceAccount(#[from] ServiceAccountError),
     /// The control plane cannot be reached, or is not the one that it should be.
     #[error(transparent)]
     Connect(#[from] ConnectError),
@@ -117,14 +67,7 @@ pub(super) enum NodeError {
 impl NodeError {
     /// Whether trying again is of no use before the operator has done something.
     pub(super) const fn needs_a_token(&self) -> bool {
-        matches!(
-            self,
-            Self::NoToken { .. }
-                | Self::ReadToken { .. }
-                | Self::BadToken { .. }
-                | Self::OtherNode { .. }
-                | Self::JoinRefused { .. }
-        )
+        matches!(self, Self::JoinToken(_))
     }
 }
 
@@ -187,7 +130,7 @@ fn verify(
 pub(super) struct NodeIssuer {
     pub(super) node: String,
     pub(super) endpoints: Vec<String>,
-    pub(super) join_token_file: PathBuf,
+    pub(super) credential: Credential,
     pub(super) dialer: Dialer,
     pub(super) dir: PrivateDir,
 }
@@ -217,33 +160,26 @@ impl NodeIssuer {
         Ok(Some(NodeIdentity::new(&name, key, Arc::new(bundle), None, now)?))
     }
 
-    /// Trades a join token for a certificate.
+    /// Trades what the node joins with for a certificate.
     pub(super) async fn join(
         &self,
-        token: &JoinToken,
+        ticket: &Ticket,
         now: impl Fn() -> SystemTime,
     ) -> Result<NodeIdentity, NodeError> {
-        let verifier = PeerVerifier::pinned(token.trust_domain.clone(), token.root);
-        let tls = client_config(Arc::new(verifier), None, api::ALPN)?;
-        let mut client = connect(&self.dialer, &self.endpoints, tls).await?.client;
+        let tls = client_config(Arc::new(ticket.verifier()), None, api::ALPN)?;
+        let connection = connect(&self.dialer, &self.endpoints, tls).await?;
+        let Connection { mut client, server_chain, .. } = connection;
+        let server = Leaf::parse(server_chain.first().ok_or(SvidError::NoCertificate)?)?;
         let key = NewKey::generate()?;
-        let request = api::JoinRequest {
-            token: token.reveal(),
-            csr: key.csr()?,
-            agent_version: env!("CARGO_PKG_VERSION").to_owned(),
-            service_account_token: String::new(),
-        };
-        let answer = timeout(ANSWER_WITHIN, client.join(request))
+        let answer = timeout(ANSWER_WITHIN, client.join(ticket.request(key.csr()?)))
             .await
             .map_err(|_| NodeError::Failed("no answer".to_owned()))?
-            .map_err(|status| self.join_refused(&status))?
+            .map_err(|status| self.credential.refused(&self.node, &status))?
             .into_inner();
         let api::NodeCertificate { chain, bundle } = answer;
         let bundle = TrustBundle::from_api(bundle.unwrap_or_default())?;
-        if !bundle.fingerprints().contains(&token.root) {
-            return Err(SvidError::NotPinned(token.root).into());
-        }
-        self.accept(&key, &chain, bundle, &token.trust_domain, now())
+        ticket.check(&bundle)?;
+        self.accept(&key, &chain, bundle, server.id.trust_domain(), now())
     }
 
     /// Trades the certificate for a new one, which these roots must vouch for.
@@ -286,57 +222,8 @@ impl NodeIssuer {
         if let Err(error) = stored {
             let path = self.dir.path(KEY_FILE);
             tracing::error!(path = %path.display(), %error, "cannot store the node's certificate: \
-                after a restart the node needs a new join token");
+                after a restart the node has to join anew");
         }
         Ok(identity)
-    }
-
-    /// Reads the join token, and checks that it is for this node.
-    pub(super) fn token(&self) -> Result<JoinToken, NodeError> {
-        let path = self.join_token_file.as_path();
-        let text = read_token(path)?
-            .ok_or_else(|| NodeError::NoToken { node: self.node.clone(), path: path.to_owned() })?;
-        let token: JoinToken =
-            text.parse().map_err(|source| NodeError::BadToken { path: path.to_owned(), source })?;
-        if token.node == self.node {
-            Ok(token)
-        } else {
-            Err(NodeError::OtherNode { node: self.node.clone(), found: token.node })
-        }
-    }
-
-    fn join_refused(&self, status: &tonic::Status) -> NodeError {
-        match status.code() {
-            // The control plane has looked at the token.
-            Code::InvalidArgument
-            | Code::NotFound
-            | Code::AlreadyExists
-            | Code::PermissionDenied
-            | Code::FailedPrecondition
-            | Code::Unauthenticated => NodeError::JoinRefused {
-                node: self.node.clone(),
-                reason: words(status),
-                path: self.join_token_file.clone(),
-            },
-            Code::Ok
-            | Code::Cancelled
-            | Code::Unknown
-            | Code::DeadlineExceeded
-            | Code::ResourceExhausted
-            | Code::Aborted
-            | Code::OutOfRange
-            | Code::Unimplemented
-            | Code::Internal
-            | Code::Unavailable
-            | Code::DataLoss => NodeError::Failed(words(status)),
-        }
-    }
-}
-
-fn read_token(path: &Path) -> Result<Option<Zeroizing<String>>, NodeError> {
-    match fs::read_to_string(path) {
-        Ok(text) => Ok(Some(Zeroizing::new(text))),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(NodeError::ReadToken { path: path.to_owned(), source }),
     }
 }

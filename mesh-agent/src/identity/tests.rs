@@ -2,6 +2,7 @@
 //! clock: days pass in no time, and nothing depends on how fast this machine is.
 
 mod fake;
+mod kubernetes;
 mod node;
 mod registry;
 mod rotation;
@@ -73,7 +74,7 @@ impl Bench {
         Config {
             node: NODE.to_owned(),
             control_plane: vec!["control:15443".to_owned()],
-            join_token_file: self.token_file(),
+            credential: Credential::JoinToken { file: self.token_file() },
             runtime_dir: self.runtime_dir(),
         }
     }

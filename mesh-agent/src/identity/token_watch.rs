@@ -37,6 +37,11 @@ impl TokenWatch {
         Self { changed, _watcher: watcher }
     }
 
+    /// There is nothing to watch.
+    pub(super) fn never() -> Self {
+        Self { changed: Arc::default(), _watcher: None }
+    }
+
     /// Returns when something in the directory has changed since the last call.
     pub(super) async fn changed(&self) {
         self.changed.notified().await;

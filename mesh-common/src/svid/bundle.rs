@@ -5,7 +5,9 @@ use std::{fmt, str::FromStr, time::SystemTime};
 use rustls::pki_types::{CertificateDer, TrustAnchor, UnixTime};
 use sha2::{Digest as _, Sha256};
 use webpki::{EndEntityCert, KeyUsage, anchor_from_trusted_cert};
-use x509_parser::{certificate::X509Certificate, prelude::FromDer as _, time::ASN1Time};
+use x509_parser::{
+    certificate::X509Certificate, extensions::GeneralName, prelude::FromDer as _, time::ASN1Time,
+};
 
 use super::{Leaf, SvidError, tls};
 use crate::{api, spiffe::TrustDomain};
@@ -158,7 +160,10 @@ impl TrustBundle {
             webpki::Error::CertNotValidYet { not_before, .. } => {
                 SvidError::NotYetValid(at(not_before))
             }
-            webpki::Error::UnknownIssuer => SvidError::UnknownIssuer(self.trust_domain.clone()),
+            // A root of the same name, with another key, is another root.
+            webpki::Error::UnknownIssuer | webpki::Error::InvalidSignatureForPublicKey => {
+                SvidError::UnknownIssuer(self.trust_domain.clone())
+            }
             webpki::Error::CaUsedAsEndEntity => SvidError::Authority,
             error => SvidError::Chain(error.to_string()),
         }
@@ -178,6 +183,20 @@ fn anchor<'a>(
     }
     let anchor = anchor_from_trusted_cert(root).map_err(|error| unusable(&error))?;
     Ok((anchor, x509.validity.clone()))
+}
+
+/// Whether a root does not name trust domains other than this one. An operator's own may name none.
+pub(super) fn may_vouch_for(root: &CertificateDer<'_>, trust_domain: &TrustDomain) -> bool {
+    // What cannot be read is found to be unusable by `anchor`.
+    let Ok((_, x509)) = X509Certificate::from_der(root) else { return true };
+    let Ok(names) = x509.subject_alternative_name() else { return false };
+    let names = names.map(|extension| extension.value.general_names.as_slice()).unwrap_or_default();
+    let named = |name: &GeneralName<'_>| match name {
+        GeneralName::URI(uri) => uri.strip_prefix("spiffe://").map(str::to_owned),
+        _ => None,
+    };
+    let named: Vec<_> = names.iter().filter_map(named).collect();
+    named.is_empty() || named.iter().any(|name| name == trust_domain.as_str())
 }
 
 fn timestamp(time: UnixTime) -> Option<ASN1Time> {

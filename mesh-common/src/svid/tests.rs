@@ -319,6 +319,34 @@ fn a_pinned_root_must_be_shown() {
     right.verify(&[forged, chain[1].clone()], Usage::Server, now()).unwrap_err();
 }
 
+#[test]
+fn a_root_at_hand_vouches_for_its_own_trust_domain_alone() {
+    let root = |names: &[&str]| {
+        let mut params = Authority::params("root");
+        params.subject_alt_names = names.iter().map(|name| uri(name)).collect();
+        Authority::root_with(params)
+    };
+    let right = root(&["spiffe://mesh.example"]);
+    let nameless = root(&[]);
+    let other = root(&["spiffe://other.example"]);
+    let web = root(&["https://ca.example"]);
+    let roots = [&right, &nameless, &other, &web].map(|root| root.certificate.der().clone());
+    let judge = |roots: &[CertificateDer<'static>], by: &Authority, name: &str| {
+        let verifier = PeerVerifier::anchored(roots.to_vec());
+        verifier.verify(&[by.sign(&leaf(name))], Usage::Server, now())
+    };
+    const CONTROL: &str = "spiffe://mesh.example/nodemesh/control";
+    for by in [&right, &nameless, &web] {
+        judge(&roots, by, CONTROL).unwrap();
+    }
+    let unknown = SvidError::UnknownIssuer("mesh.example".parse().unwrap());
+    assert_eq!(judge(&roots, &other, CONTROL), Err(unknown.clone()));
+    judge(&roots, &other, "spiffe://other.example/nodemesh/control").unwrap();
+    assert_eq!(judge(&roots, &root(&["spiffe://mesh.example"]), CONTROL), Err(unknown.clone()));
+    assert_eq!(judge(&[], &right, CONTROL), Err(unknown));
+    assert!(matches!(judge(&roots, &right, NODE), Err(SvidError::Kind { .. })));
+}
+
 /// The two sides of a connection, joined in memory.
 fn handshake(client: ClientConfig, server: ServerConfig) -> Result<(), rustls::Error> {
     let name = "control.invalid".try_into().unwrap();

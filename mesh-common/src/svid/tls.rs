@@ -25,7 +25,7 @@ use rustls::{
 };
 use webpki::aws_lc_rs::{self as algorithm, ECDSA_P256_SHA256};
 
-use super::{Fingerprint, Leaf, SvidError, TrustBundle, Usage};
+use super::{Fingerprint, Leaf, SvidError, TrustBundle, Usage, bundle::may_vouch_for};
 use crate::spiffe::{SpiffeId, TrustDomain};
 
 /// What may sign a certificate: ours are P-256, an operator's CA may be another.
@@ -83,6 +83,8 @@ enum Roots {
     Bundle(Arc<TrustBundle>),
     /// The first contact: whatever root of the peer's chain has this fingerprint.
     Pinned(TrustDomain, Fingerprint),
+    /// The first contact, with roots at hand: the peer says which trust domain it is.
+    Anchored(Vec<CertificateDer<'static>>),
 }
 
 /// Accepts the peers of one [`Kind`], as client and as server. The server's name is ignored: who
@@ -107,6 +109,12 @@ impl PeerVerifier {
         Self { roots, kind: Kind::Control, client_auth_mandatory: true }
     }
 
+    /// The control plane, as known from roots only. A root that names a trust domain vouches for no
+    /// other one.
+    pub const fn anchored(roots: Vec<CertificateDer<'static>>) -> Self {
+        Self { roots: Roots::Anchored(roots), kind: Kind::Control, client_auth_mandatory: true }
+    }
+
     /// Also lets clients in that show no certificate. A wrong one is refused all the same.
     #[must_use]
     pub fn optional(self) -> Self {
@@ -129,6 +137,7 @@ impl PeerVerifier {
             Roots::Pinned(trust_domain, pin) => {
                 pinned_bundle(trust_domain, *pin, chain)?.verify(chain, usage, now)?
             }
+            Roots::Anchored(roots) => anchored_bundle(roots, chain)?.verify(chain, usage, now)?,
         };
         if Kind::of(&leaf.id) != self.kind {
             return Err(SvidError::Kind { expected: self.kind, found: leaf.id });
@@ -167,6 +176,18 @@ fn pinned_bundle(
         .find(|certificate| Fingerprint::of(certificate) == pin)
         .ok_or(SvidError::NotPinned(pin))?;
     Ok(TrustBundle { trust_domain: trust_domain.clone(), roots: vec![root.clone().into_owned()] })
+}
+
+/// The bundle of a first contact with roots at hand.
+fn anchored_bundle(
+    roots: &[CertificateDer<'static>],
+    chain: &[CertificateDer<'_>],
+) -> Result<TrustBundle, SvidError> {
+    let leaf = Leaf::parse(chain.first().ok_or(SvidError::NoCertificate)?)?;
+    let trust_domain = leaf.id.trust_domain().clone();
+    let mut roots = roots.to_vec();
+    roots.retain(|root| may_vouch_for(root, &trust_domain));
+    Ok(TrustBundle { trust_domain, roots })
 }
 
 fn tls13_only() -> Error {

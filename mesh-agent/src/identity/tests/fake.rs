@@ -134,6 +134,10 @@ struct State {
     secrets: u8,
     /// Node certificates from before the next join are not accepted.
     void: bool,
+    /// None is, whenever it was issued.
+    stubborn: bool,
+    /// The service account tokens of the agent's pod that the API server would accept.
+    service_account_tokens: Vec<String>,
 }
 
 /// The control plane. Clones are the same one.
@@ -167,6 +171,8 @@ impl Fake {
                 connections: Vec::new(),
                 secrets: 0,
                 void: false,
+                stubborn: false,
+                service_account_tokens: Vec::new(),
             }),
             frozen: watch::Sender::new(false),
             snapshot: watch::Sender::new(api::Snapshot { version: 1, ..Default::default() }),
@@ -245,6 +251,17 @@ impl Fake {
         let mut state = self.state();
         state.void = true;
         state.connections.clear();
+    }
+
+    pub(super) fn set_stubborn(&self) {
+        let mut state = self.state();
+        state.stubborn = true;
+        state.connections.clear();
+    }
+
+    /// What the API server knows of the agent's pod from now on.
+    pub(super) fn set_service_account_token(&self, token: &str) {
+        self.state().service_account_tokens = vec![token.to_owned()];
     }
 
     pub(super) fn authority(&self) -> Arc<Authority> {
@@ -365,7 +382,7 @@ impl Fake {
 
     /// The node that the certificate of the connection names.
     fn node_of<T>(&self, request: &Request<T>) -> Result<String, Status> {
-        if self.state().void {
+        if self.state().void || self.state().stubborn {
             return Err(Status::unauthenticated("this certificate is void"));
         }
         let leaf: &Option<Leaf> = request.extensions().get().unwrap();
@@ -396,7 +413,16 @@ impl ControlPlane for Fake {
         request: Request<api::JoinRequest>,
     ) -> Result<Response<api::NodeCertificate>, Status> {
         self.0.joins.fetch_add(1, Ordering::Relaxed);
-        let api::JoinRequest { token, csr, .. } = request.into_inner();
+        let api::JoinRequest { token, csr, service_account_token, .. } = request.into_inner();
+        if token.is_empty() {
+            let mut state = self.state();
+            if !state.service_account_tokens.contains(&service_account_token) {
+                return Err(Status::permission_denied("the API server does not accept the token"));
+            }
+            state.void = false;
+            drop(state);
+            return Ok(Response::new(self.node_certificate(csr, NODE)));
+        }
         let known = {
             let mut state = self.state();
             let before = state.tokens.len();
