@@ -3,8 +3,8 @@
 use std::{sync::Arc, time::SystemTime};
 
 use anyhow::{Context as _, Result};
-use tokio::sync::mpsc;
-use tokio_util::sync::CancellationToken;
+use tokio::sync::{mpsc, watch};
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use crate::{
     admin::{Admin, Server},
@@ -13,6 +13,7 @@ use crate::{
     config::Config,
     ending::Ending,
     identity::{self, Identity},
+    kubernetes::{Controller, Unguarded},
     logging, node,
     pod::{
         ledger::Ledger,
@@ -44,6 +45,13 @@ pub fn run(config: Config) -> Result<()> {
     runtime.enable_all().build().context("starting the runtime")?.block_on(async {
         let files = node::raise_file_limit()?;
         node::make_settings_writable()?;
+        let api = match &config.kubernetes {
+            Some(_) => Some(kube::Client::try_default().await.context(
+                "finding the API server of Kubernetes: does the pod have its service account's \
+                 token (automountServiceAccountToken)?",
+            )?),
+            None => None,
+        };
         let server = Server::bind(&config.admin_socket(), config.http_listen).await?;
         let cgroup = config.cgroup.clone().map_or_else(node::cgroup2_root, Ok)?;
         let host = config.ingress.host_probes.then(netns_cookie_here).transpose();
@@ -81,6 +89,20 @@ pub fn run(config: Config) -> Result<()> {
             config,
         });
         let manager = Manager::new(Arc::clone(&node));
+        let (unguarded, unguarded_seen) = watch::channel(Unguarded::new());
+        let controller = api.zip(node.config.kubernetes.as_ref()).map(|(client, kubernetes)| {
+            let view = manager.view();
+            let controller = Controller::new(
+                node.config.node.clone(),
+                kubernetes.namespace.clone(),
+                client,
+                node.identity.snapshots(),
+                pods.clone(),
+                move || view.enrolled(),
+                unguarded,
+            );
+            AbortOnDropHandle::new(tokio::spawn(controller.run()))
+        });
         let admin = Arc::new(Admin {
             node: node.config.node.clone(),
             started: SystemTime::now(),
@@ -90,6 +112,7 @@ pub fn run(config: Config) -> Result<()> {
             stats: Arc::clone(&node.stats),
             problems,
             pods,
+            unguarded: unguarded_seen,
             inspect: manager.view(),
         });
         let (sender, receiver) = mpsc::channel(QUEUE);
@@ -101,6 +124,7 @@ pub fn run(config: Config) -> Result<()> {
             tracing::info!("draining: no new connections");
             ended.cancel();
         });
+        let _controller = controller;
         tokio::select! {
             managed = manager.run(receiver, events, end) => managed,
             served = server.serve(admin) => served.context("serving the operator"),

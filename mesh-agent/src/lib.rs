@@ -8,6 +8,7 @@ pub mod cli;
 pub mod config;
 pub mod ending;
 pub mod identity;
+pub mod kubernetes;
 pub mod logging;
 pub mod node;
 pub mod pod;

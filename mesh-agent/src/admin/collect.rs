@@ -9,12 +9,13 @@ use super::{
     status::{
         Certificate, Connections, ControlPlane, ControlPlaneState, Denied, Drops, GuardLayer,
         Handshakes, OpenConnection, OpenConnections, Party, Pod, PodFile, Problem, Program, SCHEMA,
-        Status, timestamp,
+        Status, UnguardedPod, timestamp,
     },
 };
 use crate::{
     config::Udp,
     identity::{self, Counters, Snapshot, Svid},
+    kubernetes,
     pod::source::directory::PodDirectory,
     stats::{self, Problems, Stats},
 };
@@ -81,6 +82,8 @@ pub struct Admin {
     pub problems: Problems,
     /// Where pods are enrolled and un-enrolled.
     pub pods: PodDirectory,
+    /// Pods that should be enrolled and are not; only on Kubernetes there can be any.
+    pub unguarded: watch::Receiver<kubernetes::Unguarded>,
     /// The datapath and the pod manager.
     pub inspect: Arc<dyn Inspect>,
 }
@@ -105,6 +108,7 @@ impl Admin {
             programs: self.inspect.programs(),
             pods_synced: self.inspect.pods_synced(),
             pods,
+            unguarded: unguarded(&self.unguarded.borrow()),
             pod_files: pod_files.map(|(file, problem)| PodFile { file, problem }).collect(),
             problems: self.problems.list().into_iter().map(problem).collect(),
         };
@@ -179,6 +183,15 @@ impl Admin {
             aborted: facts.aborted,
         }
     }
+}
+
+fn unguarded(pods: &kubernetes::Unguarded) -> Vec<UnguardedPod> {
+    let pod = |(uid, pod): (&String, &kubernetes::UnguardedPod)| UnguardedPod {
+        uid: uid.clone(),
+        name: pod.name.clone(),
+        problem: pod.problem.clone(),
+    };
+    pods.iter().map(pod).collect()
 }
 
 fn control_plane(status: &identity::Status) -> ControlPlane {

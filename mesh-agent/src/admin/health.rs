@@ -42,6 +42,10 @@ pub(super) fn degraded(status: &Status) -> Vec<String> {
         reasons
             .extend(pod_reasons(pod, status).into_iter().map(|why| format!("pod {label}: {why}")));
     }
+    for pod in &status.unguarded {
+        reasons
+            .push(format!("pod {}: in the mesh, but not under guard: {}", pod.name, pod.problem));
+    }
     for file in &status.pod_files {
         reasons.push(format!("pod file {}: {}", file.file, file.problem));
     }
@@ -79,7 +83,7 @@ fn pod_reasons(pod: &Pod, status: &Status) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::admin::status::{GuardLayer, PodFile, Program, tests::healthy};
+    use crate::admin::status::{GuardLayer, PodFile, Program, UnguardedPod, tests::healthy};
     use time::Duration;
 
     #[test]
@@ -94,7 +98,7 @@ mod tests {
 
     #[test]
     fn whatever_is_wrong_is_said() {
-        let cases: [Case; 13] = [
+        let cases: [Case; 14] = [
             (|s| s.control_plane.state = ControlPlaneState::Disconnected, true, "control plane"),
             (|s| s.control_plane.state = ControlPlaneState::Starting, true, "control plane"),
             (|s| s.control_plane.state = ControlPlaneState::AwaitingToken, true, "join token"),
@@ -125,6 +129,15 @@ mod tests {
                 "expired",
             ),
             (|s| s.pods[0].certificate_problem = Some("CA away".to_owned()), true, "CA away"),
+            (
+                |s| {
+                    let [uid, name, problem] =
+                        ["u2", "shop/old-0", "start it anew"].map(str::to_owned);
+                    s.unguarded.push(UnguardedPod { uid, name, problem });
+                },
+                true,
+                "shop/old-0: in the mesh, but not under guard: start it anew",
+            ),
             (
                 |s| {
                     let problem = "unknown key".to_owned();

@@ -45,6 +45,9 @@ pub struct Status {
     pub pods_synced: bool,
     /// The enrolled pods.
     pub pods: Vec<Pod>,
+    /// Pods of this node that are in the mesh and not enrolled; only on Kubernetes.
+    #[serde(default)]
+    pub unguarded: Vec<UnguardedPod>,
     /// Pod files that are not used, or not yet.
     pub pod_files: Vec<PodFile>,
     /// The last things that went wrong, the latest last.
@@ -222,6 +225,17 @@ pub struct Drops {
     pub count: u64,
 }
 
+/// A pod that is in the mesh and not enrolled.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UnguardedPod {
+    /// Its UID.
+    pub uid: String,
+    /// `<namespace>/<name>`.
+    pub name: String,
+    /// Why.
+    pub problem: String,
+}
+
 /// A pod file that is not used, or not yet.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PodFile {
@@ -371,6 +385,7 @@ pub(super) mod tests {
             programs: vec![Program { name: "connect4".to_owned(), attached: true }],
             pods_synced: true,
             pods: vec![pod],
+            unguarded: Vec::new(),
             pod_files: Vec::new(),
             problems: vec![Problem {
                 message: "something\u{1b}[31m else".to_owned(),

@@ -70,6 +70,7 @@ async fn start() -> Fixture {
         stats: Arc::clone(&stats),
         problems: Problems::default(),
         pods,
+        unguarded: watch::channel(Default::default()).1,
         inspect: Arc::<Fake>::clone(&fake),
     };
     let server = Server::bind(&socket, "127.0.0.1:0".parse().unwrap()).await.unwrap();

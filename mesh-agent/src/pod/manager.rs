@@ -402,6 +402,12 @@ impl Inspect for View {
 }
 
 impl View {
+    /// The UIDs of the enrolled pods; none as long as those that were wanted at the start have not
+    /// all been dealt with.
+    pub fn enrolled(&self) -> Option<BTreeSet<String>> {
+        self.pods_synced().then(|| lock(&self.known).pods.keys().cloned().collect())
+    }
+
     fn facts(&self, pod: &PodState) -> PodFacts {
         let Guarded { inventory, peers, problem } = pod.guarded();
         let datapath = &self.node.datapath;
