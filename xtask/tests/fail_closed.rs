@@ -621,6 +621,7 @@ fn an_uninstalled_agent_leaves_nothing() -> Result<()> {
                 agent.uninstall()?;
                 let pins = std::fs::read_dir(agent.bpffs())?.count();
                 ensure!(pins == 0, "{pins} pins are left");
+                ensure!(!agent.runtime_dir().exists(), "keys are left");
             }
         }
         for (pod, untouched) in [&client, &server].into_iter().zip(&untouched) {

@@ -70,15 +70,6 @@ impl Ledger {
         let read = |file: fs::DirEntry| serde_json::from_slice(&fs::read(file.path()).ok()?).ok();
         Ok(files.flatten().filter_map(read).collect())
     }
-
-    /// Removes the ledger.
-    ///
-    /// # Errors
-    ///
-    /// When it cannot be removed.
-    pub fn remove(self) -> io::Result<()> {
-        fs::remove_dir_all(self.0)
-    }
 }
 
 #[cfg(test)]

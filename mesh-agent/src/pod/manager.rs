@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fs, io,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
@@ -370,7 +371,31 @@ pub async fn uninstall(config: &Config) -> Result<()> {
         "not everything could be removed: {}",
         failures.join("; ")
     );
-    ledger.remove().context("clearing the runtime directory")
+    remove_files(config).context("removing files")
+}
+
+/// Removes the agent's files, its keys among them. Pod files are its own only in Kubernetes, where
+/// the CNI plugin has it write them; elsewhere they are the operator's.
+fn remove_files(config: &Config) -> io::Result<()> {
+    let socket = config.admin_socket();
+    unless_gone(fs::remove_file(&socket))?;
+    unless_gone(fs::remove_dir_all(&config.runtime_dir))?;
+    if config.kubernetes.is_some() {
+        unless_gone(fs::remove_dir_all(&config.pods_dir))?;
+        // Where the DaemonSet has both.
+        if let Some(parent) = socket.parent() {
+            unless_gone(fs::remove_dir(parent))?;
+        }
+    }
+    Ok(())
+}
+
+/// Not being there, or not being empty, is no failure.
+fn unless_gone(done: io::Result<()>) -> io::Result<()> {
+    done.or_else(|error| match error.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty => Ok(()),
+        _ => Err(error),
+    })
 }
 
 /// Drops idle tunnels whose ends are no longer registered as they were.
