@@ -195,7 +195,7 @@ impl Cli {
                 await_certificate(&client, &uid, Duration::from_secs(wait)).await
             }),
             Command::Unenroll { uid, agent } => {
-                ask(async { Ok(agent.client()?.unenroll(&uid).await?) })
+                ask(async { Ok(agent.client()?.unenroll(&uid, None).await?) })
             }
         };
         done.map_or_else(report, |()| ExitCode::SUCCESS)

@@ -1,6 +1,8 @@
 //! Pods that are hard to enrol.
 
+use std::fs;
 use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail, ensure};
 use xtask::lab::mesh::pods;
@@ -74,4 +76,40 @@ fn pods_of_one_address_family() -> Result<()> {
         wire.stop()?.expect_absent(&canary)?;
     }
     Ok(())
+}
+
+/// The CNI plugin lets a pod start on this answer. Nothing tells the agent that a guard was taken
+/// away.
+#[test]
+fn who_enrols_an_enrolled_pod_is_told_how_it_is_now() -> Result<()> {
+    let mut mesh = Mesh::new("who_enrols_an_enrolled_pod_is_told_how_it_is_now")?;
+    let client = mesh.pod(0, "client")?;
+    let pins = mesh.agents[0].bpffs().join("nodemesh/v1");
+    let guards = device_guards(&pins.join("pods"))?;
+    ensure!(!guards.is_empty(), "nothing was pinned");
+    for guard in &guards {
+        fs::remove_file(guard)?;
+    }
+    mesh.enroll(&client)?;
+    let renewed = device_guards(&pins.join("pods"))?;
+    ensure!(renewed.len() == guards.len(), "{renewed:?} in place of {guards:?}");
+
+    fs::remove_file(pins.join("links/egress"))?;
+    let Err(error) = mesh.enroll(&client) else { bail!("enrolled without a guard") };
+    ensure!(format!("{error:#}").contains("egress is not attached"), "{error:#}");
+    mesh.agents[0].restart()?;
+    mesh.enroll(&client)
+}
+
+fn device_guards(pods: &Path) -> Result<Vec<PathBuf>> {
+    let mut guards = Vec::new();
+    for pod in fs::read_dir(pods)? {
+        for pin in fs::read_dir(pod?.path())? {
+            let pin = pin?;
+            if pin.file_name().as_encoded_bytes().starts_with(b"device-") {
+                guards.push(pin.path());
+            }
+        }
+    }
+    Ok(guards)
 }

@@ -13,7 +13,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use tokio::net::UnixStream;
 
 use super::{
-    server::{Enrollment, Refusal},
+    server::{Enrollment, Refusal, Withdrawal},
     status::{OpenConnections, Status},
 };
 use crate::config::Udp;
@@ -92,13 +92,15 @@ impl Client {
         self.request(Method::PUT, &format!("/v1/pods/{uid}"), Some(&body)).await.map(drop)
     }
 
-    /// Un-enrols a pod, and waits until nothing of that is left.
+    /// Un-enrols a pod, and waits until nothing of that is left. With `netns`: if it is bound to
+    /// that network namespace, and otherwise there is nothing to do.
     ///
     /// # Errors
     ///
     /// [`ClientError`].
-    pub async fn unenroll(&self, uid: &str) -> Result<(), ClientError> {
-        self.request(Method::DELETE, &format!("/v1/pods/{uid}"), None::<&()>).await.map(drop)
+    pub async fn unenroll(&self, uid: &str, netns: Option<&Path>) -> Result<(), ClientError> {
+        let body = Withdrawal { netns: netns.map(Path::to_owned) };
+        self.request(Method::DELETE, &format!("/v1/pods/{uid}"), Some(&body)).await.map(drop)
     }
 
     async fn get(&self, path: &str) -> Result<Bytes, ClientError> {

@@ -154,6 +154,13 @@ pub(super) struct Enrollment {
     pub(super) udp: Option<Udp>,
 }
 
+/// What `unenroll` sends.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Withdrawal {
+    pub(super) netns: Option<PathBuf>,
+}
+
 /// What is answered when something cannot be done.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Refusal {
@@ -186,8 +193,9 @@ async fn enroll(
 async fn unenroll(
     State(admin): State<Arc<Admin>>,
     Path(uid): Path<String>,
+    Json(Withdrawal { netns }): Json<Withdrawal>,
 ) -> Result<StatusCode, Refusal> {
-    let unenrolled = admin.pods.unenroll(uid).await;
+    let unenrolled = admin.pods.unenroll(uid, netns).await;
     unenrolled.map(|()| StatusCode::NO_CONTENT).map_err(|error| Refusal { error })
 }
 

@@ -163,8 +163,9 @@ async fn enrolling_answers_in_words() {
     let error = client.enroll("u1", &missing, None).await.unwrap_err();
     assert!(matches!(error, ClientError::Refused(_)), "{error}");
     assert!(error.to_string().contains("no network namespace at"), "{error}");
-    let error = client.unenroll("u1").await.unwrap_err();
+    let error = client.unenroll("u1", None).await.unwrap_err();
     assert!(error.to_string().contains("declares u1"), "{error}");
+    client.unenroll("u1", Some(&missing)).await.unwrap();
     let event = timeout(PATIENCE, changes.recv()).await.unwrap().unwrap();
     assert!(matches!(event, PodEvent::Synced), "{event:?}");
 }

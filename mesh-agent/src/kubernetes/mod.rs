@@ -160,7 +160,7 @@ impl Controller {
                 }
                 Ok(Fate::Outside(why)) => {
                     tracing::info!(pod = uid, %name, ?why, "taken out of the mesh");
-                    if let Err(error) = self.pods.unenroll(uid.clone()).await {
+                    if let Err(error) = self.pods.unenroll(uid.clone(), None).await {
                         tracing::warn!(pod = uid, %name, "cannot let the pod go: {error}");
                     }
                 }

@@ -311,7 +311,7 @@ async fn only_who_was_taken_out_is_let_go() {
     bench.register(&[]);
     bench.expect_quiet().await;
     let pods = bench.pods.clone();
-    let (ended, unenrolled) = tokio::join!(bench.manage(), pods.unenroll(UID.to_owned()));
+    let (ended, unenrolled) = tokio::join!(bench.manage(), pods.unenroll(UID.to_owned(), None));
     assert_eq!((ended, unenrolled), (format!("let go {UID}"), Ok(())));
 }
 

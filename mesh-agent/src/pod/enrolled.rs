@@ -49,8 +49,7 @@ pub struct Enrolled {
     pub spec: PodSpec,
     /// What there is to know about it.
     pub state: Arc<PodState>,
-    netns: Arc<Netns>,
-    routing: Arc<Routing>,
+    keeper: Arc<Keeper>,
     proxy: Arc<PodProxy>,
     tasks: Vec<AbortOnDropHandle<()>>,
 }
@@ -203,23 +202,33 @@ impl Enrolled {
         let svid = node.identity.track(&spec.uid);
         let proxy = Arc::new(node.proxy(&spec.uid, sockets, &svid));
         *lock(&state.svid) = Some(svid);
-        let tasks = tasks(node, &netns, &routing, &state, &proxy, changes, outbound, inbound);
-        Ok(Self { spec, state, netns, routing, proxy, tasks })
+        let keeper = Arc::new(Keeper {
+            node: Arc::clone(node),
+            netns,
+            routing,
+            state: Arc::clone(&state),
+            repairing: tokio::sync::Mutex::default(),
+        });
+        keeper.check()?;
+        let tasks = tasks(&keeper, &proxy, changes, outbound, inbound);
+        Ok(Self { spec, state, keeper, proxy, tasks })
     }
 
     /// Whether this is the pod of that specification, in the namespace that is at its path now.
     pub(super) fn is(&self, spec: &PodSpec) -> bool {
         self.spec.uid == spec.uid
-            && Netns::open(&spec.netns).is_ok_and(|netns| netns.cookie() == self.netns.cookie())
+            && Netns::open(&spec.netns).is_ok_and(|netns| netns.cookie() == self.state.cookie)
     }
 
-    /// Applies what may change of an enrolled pod.
-    pub(super) fn update(&mut self, node: &Node, spec: PodSpec) -> Result<()> {
+    /// Applies what may change of an enrolled pod. When this returns, as much is true as after
+    /// [`Self::enrol`].
+    pub(super) async fn update(&mut self, node: &Node, spec: PodSpec) -> Result<()> {
         *lock(&self.state.udp) = spec.udp;
         let inventory = self.state.guarded().inventory;
         node.datapath.configure(self.state.cookie, &self.state.config(&inventory))?;
         self.spec = spec;
-        Ok(())
+        self.keeper.repair().await?;
+        self.keeper.check()
     }
 
     /// Has new connections of the pod's applications refused.
@@ -232,7 +241,7 @@ impl Enrolled {
 
     /// Closes everything that the agent has in the pod; its connections are reset. The guards stay.
     pub(super) async fn close(self, node: &Node) -> Arc<Routing> {
-        let Self { state, proxy, tasks, routing, spec, .. } = self;
+        let Self { state, proxy, tasks, keeper, spec } = self;
         state.listening.store(false, Ordering::Relaxed);
         drop(tasks);
         proxy.kill.cancel();
@@ -244,7 +253,7 @@ impl Enrolled {
             svid.forget().await;
         }
         node.stats.forget(&spec.uid);
-        routing
+        Arc::clone(&keeper.routing)
     }
 
     /// The pod's open connections.
@@ -253,25 +262,15 @@ impl Enrolled {
     }
 }
 
-#[expect(clippy::too_many_arguments, reason = "the parts of one pod, on their way into its tasks")]
 fn tasks(
-    node: &Arc<Node>,
-    netns: &Arc<Netns>,
-    routing: &Arc<Routing>,
-    state: &Arc<PodState>,
+    keeper: &Arc<Keeper>,
     proxy: &Arc<PodProxy>,
     changes: Changes,
     outbound: TcpListener,
     inbound: TcpListener,
 ) -> Vec<AbortOnDropHandle<()>> {
-    let keeper = Keeper {
-        node: Arc::clone(node),
-        netns: Arc::clone(netns),
-        routing: Arc::clone(routing),
-        state: Arc::clone(state),
-    };
     let mut svid = proxy.svid.clone();
-    let (pool, uid) = (node.pool.clone(), Arc::clone(&proxy.uid));
+    let (pool, uid) = (keeper.node.pool.clone(), Arc::clone(&proxy.uid));
     let purge = async move {
         while svid.changed().await.is_ok() {
             let generation = svid.borrow_and_update().as_ref().map(|svid| svid.generation);
@@ -279,7 +278,7 @@ fn tasks(
         }
     };
     vec![
-        AbortOnDropHandle::new(tokio::spawn(keeper.run(changes))),
+        AbortOnDropHandle::new(tokio::spawn(Arc::clone(keeper).run(changes))),
         AbortOnDropHandle::new(tokio::spawn(purge)),
         AbortOnDropHandle::new(tokio::spawn(
             Arc::clone(proxy).serve(outbound, Facing::Application),
@@ -294,10 +293,12 @@ struct Keeper {
     netns: Arc<Netns>,
     routing: Arc<Routing>,
     state: Arc<PodState>,
+    /// Two repairs at once would attach everything twice.
+    repairing: tokio::sync::Mutex<()>,
 }
 
 impl Keeper {
-    async fn run(self, mut changes: Changes) {
+    async fn run(self: Arc<Self>, mut changes: Changes) {
         let mut next = Instant::now();
         let mut failed = false;
         loop {
@@ -328,7 +329,8 @@ impl Keeper {
     }
 
     async fn repair(&self) -> Result<()> {
-        let Self { node, netns, routing, state } = self;
+        let Self { node, netns, routing, state, repairing } = self;
+        let _turn = repairing.lock().await;
         let inventory = routing.inventory().await?;
         if inventory != state.guarded().inventory {
             node.datapath.configure(state.cookie, &state.config(&inventory))?;
@@ -344,6 +346,19 @@ impl Keeper {
             );
         }
         Ok(())
+    }
+
+    /// Whether that is there which no repair puts back: what all pods of the node share, and the way
+    /// to the agent's listeners. Devices and peers have told of their own failures.
+    fn check(&self) -> Result<()> {
+        let datapath = &self.node.datapath;
+        let programs = datapath.programs();
+        let missing = programs.iter().find(|(_, attached)| !attached).map(|(name, _)| *name);
+        let steered = datapath.is_steered(self.state.cookie);
+        let missing = missing.or((!steered).then_some("steer"));
+        missing.map_or(Ok(()), |name| {
+            anyhow::bail!("the program {name} is not attached any more: restart the mesh-agent")
+        })
     }
 }
 

@@ -183,7 +183,7 @@ impl Manager {
     async fn upsert(&mut self, spec: PodSpec) -> Result<()> {
         if let Some(pod) = self.pods.get_mut(&spec.uid) {
             if pod.is(&spec) {
-                return pod.update(&self.node, spec);
+                return pod.update(&self.node, spec).await;
             }
             // Another namespace: another pod, whatever it is called.
             self.remove(&spec.uid, Removal::NamespaceGone).await?;

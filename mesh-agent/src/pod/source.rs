@@ -26,8 +26,9 @@ pub struct PodSpec {
 /// A change of what is wanted.
 #[derive(Debug)]
 pub enum PodEvent {
-    /// Enrol this pod, or apply what changed in it. Answered when the guard is active: from then
-    /// on nothing leaves the pod unencrypted, whether or not it has a certificate yet.
+    /// Enrol this pod, or apply what changed in it. Answered when every layer of the guard is active
+    /// and connections are steered to the agent: from then on nothing leaves the pod unencrypted,
+    /// whether or not it has a certificate yet. A pod that is enrolled is looked at again.
     Upsert(PodSpec, Ack),
     /// Un-enrol this pod and close the agent's sockets in it.
     Remove {

@@ -42,8 +42,16 @@ pub struct PodDirectory {
 /// What a person asks for.
 #[derive(Debug)]
 enum Request {
-    Enroll { uid: String, netns: PathBuf, udp: Option<Udp> },
-    Unenroll { uid: String },
+    Enroll {
+        uid: String,
+        netns: PathBuf,
+        udp: Option<Udp>,
+    },
+    /// With `netns`: only if the pod is bound to it.
+    Unenroll {
+        uid: String,
+        netns: Option<PathBuf>,
+    },
 }
 
 type Reply = oneshot::Sender<Result<(), String>>;
@@ -86,13 +94,14 @@ impl PodDirectory {
         self.request(Request::Enroll { uid, netns, udp }).await
     }
 
-    /// Removes a pod's file and waits until nothing of its enrolment is left.
+    /// Removes a pod's file and waits until nothing of its enrolment is left. With `netns`: if its
+    /// file names that one, and otherwise there is nothing to do.
     ///
     /// # Errors
     ///
     /// In the operator's words.
-    pub async fn unenroll(&self, uid: String) -> Result<(), String> {
-        self.request(Request::Unenroll { uid }).await
+    pub async fn unenroll(&self, uid: String, netns: Option<PathBuf>) -> Result<(), String> {
+        self.request(Request::Unenroll { uid, netns }).await
     }
 
     /// What is wrong with the pod files.

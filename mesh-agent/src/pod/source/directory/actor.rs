@@ -4,7 +4,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fs,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
@@ -70,7 +70,7 @@ struct Answer {
 /// A person who waits for a change.
 struct Waiting {
     reply: Reply,
-    /// The file to remove if the change fails.
+    /// The file to remove if the change fails and no other has followed.
     created: Option<PathBuf>,
 }
 
@@ -223,7 +223,8 @@ impl Actor {
     }
 
     fn take(&mut self, Answer { uid, change, result }: Answer) {
-        if self.in_flight.get(&uid) == Some(&change) {
+        let is_last = self.in_flight.get(&uid) == Some(&change);
+        if is_last {
             self.in_flight.remove(&uid);
             match &result {
                 Ok(()) => drop(self.refused.remove(&uid)),
@@ -234,10 +235,9 @@ impl Actor {
             }
         }
         for Waiting { reply, created } in self.waiting.remove(&change).unwrap_or_default() {
-            if let (Some(path), Err(_)) = (&created, &result)
-                && let Err(error) = fs::remove_file(path)
-            {
-                warn!("cannot remove {}: {error}", path.display());
+            // A later request has made the file its own.
+            if let Some(path) = created.filter(|_| is_last && result.is_err()) {
+                withdraw(&path);
             }
             // Whoever waited may have gone.
             drop(reply.send(result.clone()));
@@ -245,31 +245,61 @@ impl Actor {
     }
 
     async fn serve(&mut self, request: Request, reply: Reply) {
-        let (uid, outcome) = match request {
+        match request {
             Request::Enroll { uid, netns, udp } => {
-                (uid.clone(), self.add_file(PodFile { uid, netns, udp }))
+                self.enroll(&PodFile { uid, netns, udp }, reply).await;
             }
-            Request::Unenroll { uid } => {
-                let removed = self.remove_file(&uid);
-                (uid, removed.map(|()| None))
-            }
-        };
-        let created = match outcome {
-            Ok(created) => created,
-            Err(error) => return drop(reply.send(Err(error))),
-        };
-        self.round(&BTreeSet::new()).await;
-        match (self.in_flight.get(&uid), self.refused.get(&uid)) {
-            (Some(change), _) => {
-                self.waiting.entry(*change).or_default().push(Waiting { reply, created });
-            }
-            (None, Some(refusal)) => drop(reply.send(Err(refusal.clone()))),
-            (None, None) => drop(reply.send(Ok(()))),
+            Request::Unenroll { uid, netns } => self.unenroll(&uid, netns.as_deref(), reply).await,
         }
     }
 
-    /// Writes a pod file. Returns its path if there was none before.
-    fn add_file(&self, file: PodFile) -> Result<Option<PathBuf>, String> {
+    async fn enroll(&mut self, file: &PodFile, reply: Reply) {
+        let created = match self.add_file(file) {
+            Ok(created) => created,
+            Err(error) => return drop(reply.send(Err(error))),
+        };
+        // Reported even if it is what it was: the answer is to be true now.
+        self.round(&BTreeSet::from([file.uid.clone()])).await;
+        let wanted = self.reported.get(&file.uid).is_some_and(|pod| pod.spec.netns == file.netns);
+        if let Some(change) = self.in_flight.get(&file.uid).filter(|_| wanted) {
+            self.waiting.entry(*change).or_default().push(Waiting { reply, created });
+            return;
+        }
+        let problem = self.problem(&files::name_for(&file.uid));
+        created.as_deref().into_iter().for_each(withdraw);
+        drop(reply.send(Err(problem)));
+    }
+
+    async fn unenroll(&mut self, uid: &str, netns: Option<&Path>, reply: Reply) {
+        if netns.is_some_and(|netns| !self.is_bound(uid, netns)) {
+            return drop(reply.send(Ok(())));
+        }
+        let name = match self.remove_file(uid) {
+            Ok(name) => name,
+            Err(error) => return drop(reply.send(Err(error))),
+        };
+        self.round(&BTreeSet::new()).await;
+        if self.reported.contains_key(uid) {
+            return drop(reply.send(Err(self.problem(&name))));
+        }
+        match self.in_flight.get(uid) {
+            Some(change) => {
+                self.waiting.entry(*change).or_default().push(Waiting { reply, created: None });
+            }
+            None => drop(reply.send(Ok(()))),
+        }
+    }
+
+    /// Why a pod file has not taken effect.
+    fn problem(&self, name: &str) -> String {
+        let problems = self.problems.borrow();
+        let problem = problems.get(name).or_else(|| problems.get(DIRECTORY)).cloned();
+        problem.unwrap_or_else(|| format!("{name} was changed meanwhile: try again"))
+    }
+
+    /// Writes a pod file. Returns its path if there was none before, or only that of an enrolment
+    /// which is not answered yet.
+    fn add_file(&self, file: &PodFile) -> Result<Option<PathBuf>, String> {
         let name = files::name_for(&file.uid);
         let spec = file.check(self.default_udp)?;
         namespace::mounted_at(&spec.netns)?;
@@ -281,25 +311,42 @@ impl Actor {
             )),
             owner => {
                 let path = self.directory.join(&name);
-                files::write(&path, &file)
+                files::write(&path, file)
                     .map_err(|error| format!("cannot write {}: {error}", path.display()))?;
-                Ok(owner.is_none().then_some(path))
+                let mut waiting = self.waiting.values().flatten();
+                let is_new = waiting.any(|waiting| waiting.created.as_ref() == Some(&path));
+                Ok((is_new || owner.is_none()).then_some(path))
             }
         }
     }
 
-    fn remove_file(&self, uid: &str) -> Result<(), String> {
+    /// Removes a pod's file. Returns its name.
+    fn remove_file(&self, uid: &str) -> Result<String, String> {
         let Some(name) = self.file_of(uid) else {
             return Err(format!("no file in {} declares {uid}", self.directory.display()));
         };
         let path = self.directory.join(name);
-        fs::remove_file(&path).map_err(|error| format!("cannot remove {}: {error}", path.display()))
+        fs::remove_file(&path)
+            .map_err(|error| format!("cannot remove {}: {error}", path.display()))?;
+        Ok(name.to_owned())
+    }
+
+    /// Whether a pod's file names this network namespace.
+    fn is_bound(&self, uid: &str, netns: &Path) -> bool {
+        let mut specs = self.files.values().filter_map(|file| file.spec.as_ref());
+        specs.any(|spec| spec.uid == uid && spec.netns == netns)
     }
 
     /// The name of the file that declares a pod.
     fn file_of(&self, uid: &str) -> Option<&str> {
         let declares = |file: &FileState| file.spec.as_ref().is_some_and(|spec| spec.uid == uid);
         self.files.iter().find(|(_, file)| declares(file)).map(|(name, _)| name.as_str())
+    }
+}
+
+fn withdraw(path: &Path) {
+    if let Err(error) = fs::remove_file(path) {
+        warn!("cannot remove {}: {error}", path.display());
     }
 }
 

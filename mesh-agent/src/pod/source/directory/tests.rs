@@ -238,15 +238,56 @@ async fn enrolling_waits_for_the_guard() {
     let second = enroll(&source);
     ack.answer(Ok(()));
     assert_eq!(first.await.unwrap(), Ok(()));
+    // Of a pod that is there already, the answer is about now as well.
+    let (spec_again, ack) = source.upsert().await;
+    assert_eq!(spec_again, spec);
+    assert!(!second.is_finished());
+    ack.answer(Ok(()));
     assert_eq!(second.await.unwrap(), Ok(()));
 
     let pods = source.pods.clone();
-    let unenroll = tokio::spawn(async move { pods.unenroll("u1".to_owned()).await });
+    let unenroll = tokio::spawn(async move { pods.unenroll("u1".to_owned(), None).await });
     assert_eq!(source.removed().await, ("u1".to_owned(), Removal::Withdrawn));
     assert_eq!(unenroll.await.unwrap(), Ok(()));
     assert!(!fixture.file("u1.yaml").exists());
-    let error = source.pods.unenroll("u1".to_owned()).await.unwrap_err();
+    let error = source.pods.unenroll("u1".to_owned(), None).await.unwrap_err();
     assert!(error.contains("no file"), "{error}");
+}
+
+#[tokio::test]
+async fn a_pod_that_got_another_namespace_is_not_ended_with_the_one_before() {
+    let fixture = Fixture::new();
+    let second = Namespace::mount(fixture.root.path().join("b"));
+    let mut source = fixture.start();
+    source.synced().await;
+    let enroll = |source: &Running, netns: &Path| {
+        let (pods, netns) = (source.pods.clone(), netns.to_owned());
+        tokio::spawn(async move { pods.enroll("u1".to_owned(), netns, None).await })
+    };
+    let enrolling = enroll(&source, &fixture.netns());
+    assert_eq!(source.enrolled().await.netns, fixture.netns());
+    enrolling.await.unwrap().unwrap();
+
+    // The sandbox failed later on, and the runtime made another for the same pod.
+    let enrolling = enroll(&source, &second.0);
+    assert_eq!(source.removed().await, ("u1".to_owned(), Removal::NamespaceGone));
+    assert_eq!(source.enrolled().await.netns, second.0);
+    enrolling.await.unwrap().unwrap();
+    let file = fs::read_to_string(fixture.file("u1.yaml")).unwrap();
+    assert!(file.contains(second.0.to_str().unwrap()), "{file}");
+    assert_eq!(fs::read_dir(fixture.file("")).unwrap().count(), 1);
+
+    let end = |source: &Running, netns: &Path| {
+        let (pods, netns) = (source.pods.clone(), netns.to_owned());
+        tokio::spawn(async move { pods.unenroll("u1".to_owned(), Some(netns)).await })
+    };
+    end(&source, &fixture.netns()).await.unwrap().unwrap();
+    assert!(fixture.file("u1.yaml").exists());
+    let ending = end(&source, &second.0);
+    assert_eq!(source.removed().await, ("u1".to_owned(), Removal::Withdrawn));
+    ending.await.unwrap().unwrap();
+    assert!(!fixture.file("u1.yaml").exists());
+    end(&source, &second.0).await.unwrap().unwrap();
 }
 
 #[tokio::test]
@@ -261,6 +302,38 @@ async fn a_failed_enrolment_leaves_no_file() {
     assert_eq!(enroll.await.unwrap(), Err("no such pod".to_owned()));
     assert_eq!(source.removed().await, ("u1".to_owned(), Removal::Withdrawn));
     assert!(!fixture.file("u1.yaml").exists());
+}
+
+/// The one whose sandbox failed is answered after the other has asked.
+#[tokio::test]
+async fn an_enrolment_that_was_overtaken_takes_nothing_along() {
+    for (late, left) in [(Ok(()), true), (Err("no room".to_owned()), false)] {
+        let fixture = Fixture::new();
+        let second = Namespace::mount(fixture.root.path().join("b"));
+        let mut source = fixture.start();
+        source.synced().await;
+        let pods = source.pods.clone();
+        let enroll = |netns: &Path| {
+            let (pods, netns) = (pods.clone(), netns.to_owned());
+            tokio::spawn(async move { pods.enroll("u1".to_owned(), netns, None).await })
+        };
+        let early = enroll(&fixture.netns());
+        let (_, early_ack) = source.upsert().await;
+        let later = enroll(&second.0);
+        assert_eq!(source.removed().await, ("u1".to_owned(), Removal::NamespaceGone));
+        let (spec, ack) = source.upsert().await;
+        assert_eq!(spec.netns, second.0);
+
+        early_ack.answer(Err("the sandbox is gone".to_owned()));
+        assert!(early.await.unwrap().is_err());
+        assert!(fixture.file("u1.yaml").exists());
+        ack.answer(late.clone());
+        assert_eq!(later.await.unwrap(), late);
+        assert_eq!(fixture.file("u1.yaml").exists(), left);
+        if !left {
+            assert_eq!(source.removed().await, ("u1".to_owned(), Removal::Withdrawn));
+        }
+    }
 }
 
 #[tokio::test]
