@@ -9,7 +9,7 @@ use std::{
 };
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use mesh_common::spiffe::check_segment;
+use mesh_common::{log::Log, spiffe::check_segment};
 use serde::Serialize;
 
 use crate::{
@@ -18,8 +18,13 @@ use crate::{
         printable,
         status::{Pod, Status},
     },
+    cni::{
+        self,
+        install::{Installation, Places},
+    },
     config::{Config, ConfigError, DEFAULT_ADMIN_SOCKET, EXIT_BAD_CONFIG, Udp},
     ending::Ending,
+    logging,
 };
 
 /// `status` found something wrong, or a command failed.
@@ -97,6 +102,20 @@ enum Command {
     ///
     /// For a container that has to stay when its work is done, as those of a DaemonSet.
     Pause,
+    /// Answer a container runtime as the CNI plugin nodemesh-cni
+    ///
+    /// Also what the binary does under that name. Parameters come from the environment and from
+    /// standard input, as the CNI specification has it; docs/kubernetes.md says what it does.
+    Cni,
+    /// Install the CNI plugin nodemesh-cni on this node
+    ///
+    /// Copies this binary, writes its kubeconfig, and puts it into the network configuration that
+    /// the container runtime uses. What was there before is kept, and given back by cni-uninstall.
+    CniInstall(Installation),
+    /// Remove the CNI plugin from this node
+    ///
+    /// Pods that start from then on are outside the mesh.
+    CniUninstall(Places),
     /// Remove everything the agent ever made on this node: programs, maps, rules and routes
     ///
     /// The agent must not be running. Pods then talk without the mesh, in plaintext.
@@ -189,6 +208,11 @@ impl Cli {
             Command::Uninstall { config } => load(config).and_then(|config| Ok(uninstall(config)?)),
             Command::Status { view, json, agent } => return status(view, json, &agent),
             Command::Pause => ask(async { Ok(Ending::listen().map_err(failed)?.told().await) }),
+            Command::Cni => return cni::run(),
+            Command::CniInstall(installation) => logging::init(&Log::default())
+                .map_err(failed)
+                .and_then(|_problems| ask(async { installation.install().await.map_err(failed) })),
+            Command::CniUninstall(places) => places.uninstall().map_err(failed),
             Command::Enroll { uid, netns, udp, wait, agent } => ask(async {
                 let client = agent.client()?;
                 client.enroll(&uid, &netns, udp).await?;
@@ -300,6 +324,9 @@ mod tests {
             "enroll --uid u1 --netns /run/netns/a --udp deny --wait 0",
             "unenroll --uid u1 --socket /run/s",
             "pause",
+            "cni",
+            "cni-install --watch --api-server https://192.0.2.1:6443",
+            "cni-uninstall --conf-dir /etc/cni/net.d",
             "uninstall --config a.yaml",
         ] {
             let words = std::iter::once("mesh-agent").chain(line.split(' '));
@@ -313,6 +340,7 @@ mod tests {
             "enroll --uid u1",
             "enroll --uid u1 --netns a --udp maybe",
             "unenroll",
+            "cni-install --state-dir state",
         ] {
             let words = std::iter::once("mesh-agent").chain(line.split(' '));
             assert!(Cli::try_parse_from(words).is_err(), "{line}");

@@ -5,6 +5,7 @@ pub mod agent;
 pub mod balance;
 pub mod bpf;
 pub mod cli;
+pub mod cni;
 pub mod config;
 pub mod ending;
 pub mod identity;

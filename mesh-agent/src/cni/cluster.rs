@@ -1,0 +1,95 @@
+//! Reading a pod and its namespace from the Kubernetes API.
+
+use std::{path::Path, time::Duration};
+
+use k8s_openapi::api::core::v1::{Namespace, Pod};
+use kube::{
+    Api, Client, Config,
+    config::{KubeConfigOptions, Kubeconfig, KubeconfigError},
+};
+
+use super::{decision::Facts, protocol::PodRef};
+
+/// A pod waits for its network, and the runtime tries again: better soon than patiently.
+const TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The kubelet's annotation of the API's stand-in for a static pod: the pod's own UID.
+const MIRROR: &str = "kubernetes.io/config.mirror";
+
+/// Why the API was not readable.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ClusterError {
+    #[error("kubeconfig, which `mesh-agent cni-install` writes: {0}")]
+    Kubeconfig(#[from] KubeconfigError),
+    #[error(
+        "the Kubernetes API does not accept the plugin's credentials (401 {0}): they are those of \
+         the node's mesh-agent pod, and `mesh-agent cni-install --watch` in it renews them. See \
+         whether that pod runs, and what that container logs"
+    )]
+    Unauthorized(String),
+    #[error(
+        "the Kubernetes API does not let the plugin read (403 {0}): give the service account of \
+         the mesh-agent pods the verb get on pods and namespaces"
+    )]
+    Forbidden(String),
+    #[error("the Kubernetes API answers {code} {message}")]
+    Failed { code: u16, message: String },
+    #[error("the Kubernetes API cannot be asked: {0}")]
+    Unreachable(String),
+    #[error("the Kubernetes API did not answer within {} s", TIMEOUT.as_secs())]
+    Timeout,
+}
+
+impl From<kube::Error> for ClusterError {
+    fn from(error: kube::Error) -> Self {
+        match error {
+            kube::Error::Api(status) => match status.code {
+                401 => Self::Unauthorized(status.message),
+                403 => Self::Forbidden(status.message),
+                code => Self::Failed { code, message: status.message },
+            },
+            other => Self::Unreachable(format!("{:#}", anyhow::Error::new(other))),
+        }
+    }
+}
+
+/// Checks that a kubeconfig can be used, and does not use it.
+pub(super) async fn check(kubeconfig: &Path) -> Result<(), ClusterError> {
+    connect(kubeconfig).await.map(drop)
+}
+
+/// What the API says about a pod; `None` if it has no such pod.
+pub(super) async fn read(kubeconfig: &Path, pod: &PodRef) -> Result<Option<Facts>, ClusterError> {
+    let reading = async {
+        let client = connect(kubeconfig).await?;
+        let pods = Api::<Pod>::namespaced(client.clone(), &pod.namespace);
+        let namespaces = Api::<Namespace>::all(client);
+        let (found, namespace) =
+            tokio::try_join!(pods.get_opt(&pod.name), namespaces.get_opt(&pod.namespace))?;
+        Ok(found.zip(namespace).map(|(pod, namespace)| facts(pod, namespace)))
+    };
+    tokio::time::timeout(TIMEOUT, reading).await.unwrap_or(Err(ClusterError::Timeout))
+}
+
+async fn connect(kubeconfig: &Path) -> Result<Client, ClusterError> {
+    let kubeconfig = Kubeconfig::read_from(kubeconfig)?;
+    let mut config =
+        Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?;
+    // Taken from the runtime's environment, where it is for pulling images.
+    config.proxy_url = None;
+    // The runtime does.
+    config.default_retry = false;
+    Ok(Client::try_from(config)?)
+}
+
+fn facts(pod: Pod, namespace: Namespace) -> Facts {
+    let annotations = pod.metadata.annotations.unwrap_or_default();
+    Facts {
+        uid: pod.metadata.uid.unwrap_or_default(),
+        mirrors: annotations.get(MIRROR).cloned(),
+        namespace_labels: namespace.metadata.labels.unwrap_or_default(),
+        labels: pod.metadata.labels.unwrap_or_default(),
+        annotations,
+        host_network: pod.spec.and_then(|spec| spec.host_network).unwrap_or_default(),
+    }
+}
