@@ -166,7 +166,19 @@ impl Places {
         for name in ["originals", "outside", "attachments", "ended"] {
             remove(&self.state_dir.join(name), fs::remove_dir_all)?;
         }
-        remove(&self.state_dir, fs::remove_dir)
+        remove(&self.state_dir, fs::remove_dir)?;
+        // Made for the plugin alone, unless somebody else has something there.
+        match self.state_dir.parent().map(fs::remove_dir) {
+            Some(Err(error))
+                if !matches!(
+                    error.kind(),
+                    io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::NotFound
+                ) =>
+            {
+                Err(failed(&self.state_dir)(error))
+            }
+            Some(_) | None => Ok(()),
+        }
     }
 }
 
