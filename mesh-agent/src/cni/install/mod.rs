@@ -167,15 +167,17 @@ impl Places {
             remove(&self.state_dir.join(name), fs::remove_dir_all)?;
         }
         remove(&self.state_dir, fs::remove_dir)?;
-        // Made for the plugin alone, unless somebody else has something there.
-        match self.state_dir.parent().map(fs::remove_dir) {
-            Some(Err(error))
+        // Made for the plugin alone, unless somebody else has something there or mounts it.
+        match self.state_dir.parent().map(|parent| (parent, fs::remove_dir(parent))) {
+            Some((parent, Err(error)))
                 if !matches!(
                     error.kind(),
-                    io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::NotFound
+                    io::ErrorKind::DirectoryNotEmpty
+                        | io::ErrorKind::NotFound
+                        | io::ErrorKind::ResourceBusy
                 ) =>
             {
-                Err(failed(&self.state_dir)(error))
+                Err(failed(parent)(error))
             }
             Some(_) | None => Ok(()),
         }
