@@ -18,6 +18,7 @@ use crate::{
         printable,
         status::{Pod, Status},
     },
+    check,
     cni::{
         self,
         install::{Installation, Places},
@@ -97,6 +98,18 @@ enum Command {
         uid: String,
         #[command(flatten)]
         agent: Agent,
+    },
+    /// Say whether this node can run the agent, and change nothing
+    ///
+    /// Before anything is installed: kubectl debug node/NAME --profile=sysadmin -it
+    /// --image=nodemesh.io/mesh-agent:VERSION -- /bin/mesh-agent check-node --root /host
+    CheckNode {
+        /// Where the node's root directory is
+        #[arg(long, value_name = "DIR", default_value = "/")]
+        root: PathBuf,
+        /// Where the node's container runtime finds network configurations
+        #[arg(long, value_name = "DIR", default_value = "/etc/cni/net.d")]
+        conf_dir: PathBuf,
     },
     /// Do nothing until SIGTERM or SIGINT
     ///
@@ -207,6 +220,20 @@ impl Cli {
             Command::Run { config } => load(config).and_then(|config| Ok(run(config)?)),
             Command::Uninstall { config } => load(config).and_then(|config| Ok(uninstall(config)?)),
             Command::Status { view, json, agent } => return status(view, json, &agent),
+            Command::CheckNode { root, conf_dir } => {
+                let findings = check::node(&root, &conf_dir);
+                for finding in &findings {
+                    match finding {
+                        Ok(text) => println!("ok       {text}"),
+                        Err(text) => println!("PROBLEM  {text}"),
+                    }
+                }
+                return ExitCode::from(if findings.iter().all(Result::is_ok) {
+                    0
+                } else {
+                    EXIT_FAILED
+                });
+            }
             Command::Pause => ask(async { Ok(Ending::listen().map_err(failed)?.told().await) }),
             Command::Cni => return cni::run(),
             Command::CniInstall(installation) => logging::init(&Log::default())
@@ -323,6 +350,7 @@ mod tests {
             "status --json --config a.yaml",
             "enroll --uid u1 --netns /run/netns/a --udp deny --wait 0",
             "unenroll --uid u1 --socket /run/s",
+            "check-node --root /host",
             "pause",
             "cni",
             "cni-install --watch --api-server https://192.0.2.1:6443",

@@ -4,6 +4,7 @@ pub mod admin;
 pub mod agent;
 pub mod balance;
 pub mod bpf;
+pub mod check;
 pub mod cli;
 pub mod cni;
 pub mod config;

@@ -17,6 +17,7 @@ use crate::{
     admin::{TokenRequest, TokenResponse},
     client::{ClientError, request},
     config::{Config, DEFAULT_ADMIN_SOCKET},
+    kubernetes::preflight::{self, Verdict},
     registry::{self, Workload},
     run::run,
     status::Status,
@@ -68,6 +69,15 @@ enum Command {
     /// Join tokens, by which a new node proves its name.
     #[command(subcommand)]
     Token(TokenCommand),
+    /// Say whether a Kubernetes cluster can run nodemesh, and change nothing.
+    ///
+    /// It asks the cluster of KUBECONFIG, with your rights. What only a node knows, `mesh-agent
+    /// check-node` says there. Exit status: 0 it can, 1 it cannot, or the cluster does not answer.
+    InstallCheck {
+        /// Where nodemesh is to be installed.
+        #[arg(long, default_value = "nodemesh-system")]
+        namespace: String,
+    },
     /// Show agents, certificates, refusals and everything that is wrong.
     ///
     /// Exit status: 0 healthy, 1 degraded (the output says why), 2 the server does not answer.
@@ -188,6 +198,13 @@ pub fn main() -> ExitCode {
             let answer = request(socket, Method::POST, "/v1/tokens", Some(&body)).await?;
             println!("{}", serde_json::from_slice::<TokenResponse>(&answer)?.token);
             Ok(ExitCode::SUCCESS)
+        }),
+        Command::InstallCheck { namespace } => finish(async {
+            let client = kube::Client::try_default().await.context("finding the cluster")?;
+            let findings = preflight::check(&client, &namespace).await.context("asking it")?;
+            findings.iter().for_each(|finding| println!("{finding}"));
+            let can = findings.iter().all(|finding| finding.verdict != Verdict::Problem);
+            Ok(if can { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }),
         Command::Status { server, json } => finish(async {
             let socket = &server.admin_socket;

@@ -5,6 +5,7 @@
 
 pub mod attest;
 pub mod cluster;
+pub mod preflight;
 pub mod registry;
 pub mod secret;
 pub mod services;

@@ -29,6 +29,7 @@ use aya::{
 pub use events::{Events, GuardEvent};
 pub use node::{Counted, Datapath, DropCount, Tag};
 pub use pod::{Device, DeviceLink};
+pub use probe::missing;
 
 /// What went wrong between the agent and the kernel's eBPF.
 #[derive(Debug, thiserror::Error)]

@@ -30,7 +30,7 @@ const MAPS: [(&str, MapType); 4] = [
 
 /// What this kernel lacks, in words; nothing if the mesh can run. What cannot be found out is
 /// taken for there: loading the programs then tells.
-pub(super) fn missing() -> Vec<&'static str> {
+pub fn missing() -> Vec<&'static str> {
     let mut missing = Vec::new();
     if KernelVersion::current().is_ok_and(|version| version < FIRST_KERNEL) {
         missing.push("tcx (Linux 6.6)");

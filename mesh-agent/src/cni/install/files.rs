@@ -58,6 +58,15 @@ impl Files {
         Ok(changed.then_some(target))
     }
 
+    /// The network that the runtime uses, if the plugin can be added to it.
+    pub(super) fn first(&self) -> Result<PathBuf, InstallError> {
+        let names = self.names()?;
+        let first = names.first().ok_or_else(|| InstallError::NoNetwork(self.networks.clone()))?;
+        let path = self.networks.join(first);
+        parse(&path, &fs::read(&path).map_err(failed(&path))?)?;
+        Ok(path)
+    }
+
     /// Takes the plugin out of every network.
     pub(super) fn remove(&self) -> Result<(), InstallError> {
         self.names()?.iter().try_for_each(|name| self.restore(name))?;

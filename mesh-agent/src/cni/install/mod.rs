@@ -91,6 +91,16 @@ fn absolute(text: &str) -> Result<PathBuf, String> {
     if path.is_absolute() { Ok(path) } else { Err(format!("{text} is not an absolute path")) }
 }
 
+/// The network configuration in `conf_dir` that the container runtime uses, to which the plugin
+/// can be added. Nothing is changed.
+///
+/// # Errors
+///
+/// [`InstallError`], as an installation would end with.
+pub fn network(conf_dir: &Path) -> Result<PathBuf, InstallError> {
+    Files { networks: conf_dir.to_owned(), originals: PathBuf::new() }.first()
+}
+
 /// Where things are on the node.
 #[derive(Clone, Debug, Args)]
 pub struct Places {
