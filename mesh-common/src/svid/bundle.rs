@@ -191,9 +191,9 @@ pub(super) fn may_vouch_for(root: &CertificateDer<'_>, trust_domain: &TrustDomai
     let Ok((_, x509)) = X509Certificate::from_der(root) else { return true };
     let Ok(names) = x509.subject_alternative_name() else { return false };
     let names = names.map(|extension| extension.value.general_names.as_slice()).unwrap_or_default();
-    let named = |name: &GeneralName<'_>| match name {
-        GeneralName::URI(uri) => uri.strip_prefix("spiffe://").map(str::to_owned),
-        _ => None,
+    let named = |name: &GeneralName<'_>| {
+        let GeneralName::URI(uri) = name else { return None };
+        uri.strip_prefix("spiffe://").map(str::to_owned)
     };
     let named: Vec<_> = names.iter().filter_map(named).collect();
     named.is_empty() || named.iter().any(|name| name == trust_domain.as_str())
