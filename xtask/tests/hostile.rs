@@ -212,8 +212,9 @@ fn stolen_certificates_are_good_at_one_address_only() -> Result<()> {
             ensure!(attempt(&thieves[0], claimed).is_err(), "served at another pod's address");
             ensure!(scene.refused(denied)? > before, "refused for another reason");
         }
-        // Whom nobody knows is not even shaken hands with.
+        let before = scene.refused(denied)?;
         ensure!(attempt(&thieves[1], &scene.attacker).is_err(), "served at an unknown address");
+        ensure!(scene.refused(denied)? > before, "refused for another reason");
         // Its own address, but the header names another.
         let before = scene.refused(denied)?;
         ensure!(attempt(&scene.attacker, &thieves[0]).is_err(), "served with a forged header");

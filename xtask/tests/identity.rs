@@ -127,6 +127,33 @@ fn deregistered_pods_are_refused() -> Result<()> {
     Ok(())
 }
 
+/// As in a cluster, where pods run before the registry knows them.
+#[test]
+fn a_pod_that_has_just_started_waits_to_be_registered() -> Result<()> {
+    let mut mesh = Mesh::new("a_pod_that_has_just_started_waits_to_be_registered")?;
+    let server = mesh.pod(1, "server")?;
+    let (early, nobody) = (mesh.plain_pod(0, "early")?, mesh.plain_pod(0, "nobody")?);
+    for pod in [&early, &nobody] {
+        let path = pod.path().display().to_string();
+        mesh.agents[0].cli(&["enroll", "--uid", &pod.uid(), "--netns", &path, "--wait", "0"])?;
+    }
+    let _echo = server.echo(PORT)?;
+    let wire = mesh.lab.capture()?;
+    let canary = Canary::random();
+    for to in server.sockets(PORT) {
+        expect_refusal(&nobody, to, canary.bytes())?;
+    }
+    let to = server.sockets(PORT);
+    let waiting = [early.connect(to[0])?, early.connect(to[1])?];
+    mesh.control.register(&early)?;
+    for stream in waiting {
+        exchange(stream, canary.bytes())?;
+    }
+    wire.stop()?.expect_absent(&canary)?;
+    ensure!(mesh.denied(0)? == 2, "somebody else was refused");
+    Ok(())
+}
+
 #[test]
 fn a_token_is_good_once_and_for_one_node() -> Result<()> {
     let mut mesh = Mesh::with("a_token_is_good_once_and_for_one_node", 1, Settings::default())?;

@@ -8,14 +8,14 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use mesh_common::svid::Leaf;
+use mesh_common::svid::{Leaf, PodRef};
 use tokio::{
     net::TcpStream,
     time::{Instant, sleep_until, timeout, timeout_at},
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
-use super::{PodProxy, outbound::patient, peer, peer::Failed, reset, reusable_until};
+use super::{PodProxy, arrival, outbound::patient, peer, peer::Failed, reset, reusable_until};
 use crate::{
     identity::{Svid, Workload},
     policy::{DenyReason, Verdict},
@@ -29,6 +29,9 @@ use crate::{
 /// A client keeps an idle tunnel for `timeouts.idle_tunnel` of its own configuration; the server
 /// only ends those whose client has forgotten them.
 const IDLE_FACTOR: u32 = 2;
+
+/// The type of the record that a TLS connection begins with (RFC 8446, 5.1).
+const TLS_HANDSHAKE: u8 = 22;
 
 /// How long a connection may still come after the client was told that none should.
 const FAREWELL: Duration = Duration::from_secs(5);
@@ -50,8 +53,7 @@ pub(super) async fn connection(
     };
     match pod.policy.ingress_plaintext(source, &pod.uid, destination.port(), &registry) {
         Verdict::Plaintext(_) => plaintext(pod, stream, parties).await,
-        // Only a pod of the mesh can have the certificate that this would end with.
-        Verdict::Deny(reason) if parties.client.workload.is_none() => {
+        Verdict::Deny(reason) if !may_prove_itself(pod, source, reason, &parties) => {
             pod.stats.deny(&parties, reason);
             reset(&stream);
         }
@@ -65,6 +67,13 @@ pub(super) async fn connection(
             }
         },
     }
+}
+
+/// Whether the source may have the certificate that a handshake would end with: it is a pod of the
+/// mesh, or it lies where pods are and may have started before the registry knew its address.
+fn may_prove_itself(pod: &PodProxy, source: IpAddr, reason: DenyReason, parties: &Parties) -> bool {
+    let is_unknown = reason == DenyReason::PlaintextRefused && pod.policy.cluster.contains(source);
+    parties.client.workload.is_some() || is_unknown
 }
 
 async fn plaintext(pod: &PodProxy, stream: TcpStream, parties: Parties) {
@@ -114,6 +123,7 @@ async fn handshake(
             let detail = "the control plane has issued none, or it has expired";
             Failed::new(HandshakeFailure::NoCertificate, detail)
         })?;
+        greeting(&stream).await?;
         let _share = place.share().await.map_err(going)?;
         let _turn = place.turn().await.map_err(going)?;
         let accept = TlsAcceptor::from(Arc::clone(&svid.server)).accept(ReadAhead::new(stream));
@@ -128,6 +138,21 @@ async fn handshake(
         Ok(Some(header)) => Ok((tunnel, header)),
         Ok(None) => Err(Failed::new(HandshakeFailure::Closed, "it asked for no connection")),
         Err(error) => Err(Failed::new(HandshakeFailure::Closed, error.to_string())),
+    }
+}
+
+/// Waits for the first byte. What is no handshake gets a reset, not an alert that its client would
+/// take for an answer.
+async fn greeting(stream: &TcpStream) -> Result<(), Failed> {
+    let mut first = [0];
+    let closed = |error: io::Error| Failed::new(HandshakeFailure::Closed, error.to_string());
+    match (stream.peek(&mut first).await.map_err(closed)?, first) {
+        (0, _) => Err(Failed::new(HandshakeFailure::Closed, "it said nothing")),
+        (_, [TLS_HANDSHAKE]) => Ok(()),
+        (_, [_]) => {
+            reset(stream);
+            Err(Failed::new(HandshakeFailure::Protocol, "it does not speak TLS"))
+        }
     }
 }
 
@@ -169,6 +194,9 @@ impl Tunnel<'_> {
 
     /// Carries one connection; false if the tunnel is done for.
     async fn carry(&mut self, header: Header, peer: SocketAddr, destination: SocketAddr) -> bool {
+        if let Some(PodRef { uid, .. }) = &self.client.pod {
+            arrival::of_peer(&self.pod.registry, uid, peer.ip()).await;
+        }
         let parties = match self.admit(header, peer, destination) {
             Ok(parties) => parties,
             Err(refusal) => {

@@ -4,6 +4,7 @@
 //! decided by [`crate::policy`] and carried by [`crate::tunnel`].
 
 mod admission;
+mod arrival;
 mod inbound;
 mod outbound;
 mod peer;

@@ -7,7 +7,7 @@ use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
 use super::{
-    ClientStream, PodProxy, TURN_PATIENCE, peer,
+    ClientStream, PodProxy, TURN_PATIENCE, arrival, peer,
     peer::Failed,
     registration, reusable_until,
     route::{Denied, Route, Way},
@@ -29,6 +29,7 @@ pub(super) async fn connection(
     client: SocketAddr,
     destination: SocketAddr,
 ) {
+    arrival::of_own(&pod.registry, &pod.uid, client.ip()).await;
     let trace = TraceId(rand::random());
     let mut parties = Parties {
         direction: Direction::Outbound,
