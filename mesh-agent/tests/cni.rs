@@ -1,5 +1,6 @@
 //! The CNI plugin as a container runtime sees it: the real binary between a scripted Kubernetes API
 //! and a scripted agent.
+#![expect(clippy::unwrap_used, reason = "a test ends where it fails")]
 
 use std::{
     collections::BTreeMap,

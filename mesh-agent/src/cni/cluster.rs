@@ -42,13 +42,13 @@ pub(super) enum ClusterError {
 
 impl From<kube::Error> for ClusterError {
     fn from(error: kube::Error) -> Self {
-        match error {
-            kube::Error::Api(status) => match status.code {
-                401 => Self::Unauthorized(status.message),
-                403 => Self::Forbidden(status.message),
-                code => Self::Failed { code, message: status.message },
-            },
-            other => Self::Unreachable(format!("{:#}", anyhow::Error::new(other))),
+        let kube::Error::Api(status) = error else {
+            return Self::Unreachable(format!("{:#}", anyhow::Error::new(error)));
+        };
+        match status.code {
+            401 => Self::Unauthorized(status.message),
+            403 => Self::Forbidden(status.message),
+            code => Self::Failed { code, message: status.message },
         }
     }
 }

@@ -149,6 +149,7 @@ pub(super) struct Settings {
 
 /// What was read.
 #[derive(Debug, PartialEq, Eq)]
+#[expect(clippy::large_enum_variant, reason = "a process has one")]
 pub(super) enum Request {
     /// Which versions there are, in the words of one.
     Version(String),
@@ -337,10 +338,10 @@ mod tests {
     }
 
     fn attached(changes: &[(&str, &str)]) -> Attachment {
-        match ask(changes, NETWORK).unwrap() {
-            Request::Do(Command::Add(attachment), _) => attachment,
-            other => panic!("{other:?}"),
-        }
+        let Request::Do(Command::Add(attachment), _) = ask(changes, NETWORK).unwrap() else {
+            panic!("this is ADD")
+        };
+        attachment
     }
 
     #[test]

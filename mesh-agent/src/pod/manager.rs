@@ -392,9 +392,9 @@ fn remove_files(config: &Config) -> io::Result<()> {
 
 /// Not being there, or not being empty, is no failure.
 fn unless_gone(done: io::Result<()>) -> io::Result<()> {
-    done.or_else(|error| match error.kind() {
-        io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty => Ok(()),
-        _ => Err(error),
+    done.or_else(|error| {
+        let harmless = [io::ErrorKind::NotFound, io::ErrorKind::DirectoryNotEmpty];
+        if harmless.contains(&error.kind()) { Ok(()) } else { Err(error) }
     })
 }
 
