@@ -234,7 +234,10 @@ impl Cli {
                     EXIT_FAILED
                 });
             }
-            Command::Pause => ask(async { Ok(Ending::listen().map_err(failed)?.told().await) }),
+            Command::Pause => ask(async {
+                Ending::listen().map_err(failed)?.told().await;
+                Ok(())
+            }),
             Command::Cni => return cni::run(),
             Command::CniInstall(installation) => logging::init(&Log::default())
                 .map_err(failed)
