@@ -66,7 +66,7 @@ pub struct Controller {
     known: BTreeMap<String, Known>,
 }
 
-/// An enrolled pod that was registered once.
+/// A pod that was registered once.
 struct Known {
     name: Name,
     /// Not before this time the API server is asked about it.
@@ -142,11 +142,11 @@ impl Controller {
     async fn let_go(&mut self, here: &BTreeMap<&str, &Workload>, enrolled: &BTreeSet<String>) {
         let now = Instant::now();
         self.known.retain(|uid, _| enrolled.contains(uid));
-        for uid in enrolled {
-            if let Some(workload) = here.get(uid.as_str()) {
-                self.known.insert(uid.clone(), Known { name: Name::of(workload), ask: now });
-                continue;
-            }
+        // Those that are not enrolled yet, too: the next snapshot may already be without them.
+        for (uid, workload) in here {
+            self.known.insert((*uid).to_owned(), Known { name: Name::of(workload), ask: now });
+        }
+        for uid in enrolled.iter().filter(|uid| !here.contains_key(uid.as_str())) {
             // One that was not registered since the agent knows it stays as it is: under guard.
             let Some(known) = self.known.get_mut(uid).filter(|known| known.ask <= now) else {
                 continue;

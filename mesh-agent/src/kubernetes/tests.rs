@@ -316,6 +316,18 @@ async fn only_who_was_taken_out_is_let_go() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn who_is_taken_out_as_soon_as_enrolled_is_let_go() {
+    let mut bench = Bench::new();
+    bench.start();
+    bench.register(&[(UID, NODE, &["10.1.0.1"])]);
+    assert_eq!(bench.manage().await, format!("enrol {UID}"));
+    // The controller has not looked again since.
+    *bench.namespace.lock().unwrap() = (200, json!({}));
+    bench.register(&[]);
+    assert_eq!(bench.manage().await, format!("let go {UID}"));
+}
+
+#[tokio::test(start_paused = true)]
 async fn who_was_never_seen_registered_stays_under_guard() {
     let mut bench = Bench::new();
     *bench.enrolled.lock().unwrap() = Some([UID.to_owned()].into());
