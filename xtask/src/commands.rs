@@ -26,14 +26,16 @@ pub(crate) fn build() -> Result<()> {
 
 /// Builds the binaries for other machines, and says in which directory they are. They are linked
 /// statically: the agent copies itself to its node as CNI plugin, whatever libraries are there.
-pub(crate) fn build_static(release: bool) -> Result<PathBuf> {
+/// `with_xtask` builds this program, too.
+pub(crate) fn build_static(release: bool, with_xtask: bool) -> Result<PathBuf> {
     setup(Tools::Build)?;
     let host = host()?;
     let flags = format!("CARGO_TARGET_{}_RUSTFLAGS", host.replace('-', "_").to_uppercase());
     let mut cargo = cargo();
     // Naming the target keeps the flags away from build scripts and procedural macros.
     cargo.env(flags, "-C target-feature=+crt-static").args(["build", "--target", &host]);
-    build_binaries(cargo.args(release.then_some("--release")))?;
+    let xtask = if with_xtask { &["--package", "xtask"][..] } else { &[] };
+    build_binaries(cargo.args(release.then_some("--release")).args(xtask))?;
     let profile = if release { "release" } else { "debug" };
     Ok(root()?.join("target").join(host).join(profile))
 }

@@ -1,4 +1,4 @@
-//! Developer commands: `cargo xtask build | test | lint | demo | image | manifests`.
+//! Developer commands: `cargo xtask build | test | lint | demo | image | manifests | e2e`.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -9,7 +9,9 @@ use clap::{Parser, Subcommand};
 mod commands;
 mod demo;
 mod deploy;
+mod e2e;
 mod image;
+mod pod;
 
 #[derive(Parser)]
 #[command(about = "Builds, tests and demonstrates nodemesh", arg_required_else_help = true)]
@@ -48,9 +50,17 @@ enum Verb {
         /// Do not optimize: quicker to build, slower to run.
         #[arg(long)]
         debug: bool,
+        /// Add the image of what `cargo xtask e2e` runs in its pods.
+        #[arg(long)]
+        with_e2e: bool,
     },
     /// Render the Helm chart as plain manifests, in deploy/manifests. Needs helm.
     Manifests,
+    /// Install the chart on the cluster of KUBECONFIG, check it, and remove it.
+    E2e(e2e::Arguments),
+    /// What runs in the pods of `e2e`.
+    #[command(subcommand, hide = true)]
+    Pod(pod::Command),
     /// Check formatting, and run clippy over the host crates and the eBPF programs.
     Lint,
 }
@@ -68,7 +78,7 @@ fn main() -> ExitCode {
 fn run(arguments: Arguments) -> Result<()> {
     match arguments.verb {
         Verb::Build { release: true } => {
-            println!("{}", commands::build_static(true)?.display());
+            println!("{}", commands::build_static(true, false)?.display());
             Ok(())
         }
         Verb::Build { release: false } => commands::build(),
@@ -77,10 +87,12 @@ fn run(arguments: Arguments) -> Result<()> {
             commands::prepare_demo()?;
             demo::run()
         }
-        Verb::Image { archive, tag, debug } => {
-            image::write(&commands::build_static(!debug)?, &tag, &archive)
+        Verb::Image { archive, tag, debug, with_e2e } => {
+            image::write(&commands::build_static(!debug, with_e2e)?, with_e2e, &tag, &archive)
         }
         Verb::Manifests => deploy::render(commands::root()?),
+        Verb::E2e(arguments) => e2e::run(&arguments),
+        Verb::Pod(command) => pod::run(command),
         Verb::Lint => commands::lint(),
     }
 }

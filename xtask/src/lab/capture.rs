@@ -67,8 +67,8 @@ struct Sniffed {
 
 impl Capture {
     /// Starts to capture: the frames of one device, both ways, or else what comes in over any
-    /// device. When this returns, whatever is sent is seen.
-    pub(super) fn start(netns: &Netns, device: Option<&str>, directory: &Path) -> Result<Self> {
+    /// device. When this returns, whatever is sent is seen. `directory` gets what proves a failure.
+    pub fn start(netns: &Netns, device: Option<&str>, directory: &Path) -> Result<Self> {
         let index = device.map(|device| netns.ifindex(device)).transpose()?;
         let loopback = netns.ifindex("lo")?;
         let stop = Arc::new(AtomicBool::new(false));

@@ -9,9 +9,10 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::{Signal, kill};
+use nix::sys::statfs::{NSFS_MAGIC, fstatfs};
 use nix::unistd::Pid;
 
 use super::{making, run_program};
@@ -41,6 +42,18 @@ impl Netns {
         }
         netns.ip(&["link set lo up"])?;
         Ok(netns)
+    }
+
+    /// A namespace that somebody else made, and that has no name here.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).with_context(|| format!("opening {}", path.display()))?;
+        ensure!(
+            fstatfs(&file)?.filesystem_type() == NSFS_MAGIC,
+            "{} is no namespace",
+            path.display()
+        );
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        Ok(Self { name, file: Arc::new(file) })
     }
 
     /// The name under `/run/netns`.

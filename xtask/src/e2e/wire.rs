@@ -1,0 +1,99 @@
+//! Section 8: two Deployments and a Service talk, proved on the wire and by both sides' identities.
+
+use std::net::SocketAddr;
+
+use anyhow::{Context as _, Result};
+use serde_json::{Value, json};
+use xtask::lab::Canary;
+
+use super::expect;
+use super::kubectl::until;
+use super::objects;
+use super::report::Report;
+use super::stage::{Pod, Stage};
+
+/// Checks with two Deployments, one on each node.
+pub(super) fn check(stage: &Stage, report: &mut Report) {
+    let mut talk = None;
+    report.check("8", "two Deployments and a Service talk, only TLS 1.3 between the nodes", || {
+        let (client, server) = deploy(stage, &stage.mesh)?;
+        let canary = Canary::random();
+        let capture = stage.capture(&canary, &[&client, &server])?;
+        let answer = stage.ask_patiently(&client, service(stage, &stage.mesh)?, canary.text())?;
+        capture.expect_tls13()?;
+        expect(answer["received"] == canary.text(), || answer.to_string())?;
+        talk = Some((client, server, answer));
+        Ok(())
+    });
+    report.check("8", "the server sees the client's pod address", || {
+        let (client, server, answer) = talk.as_ref().context("they did not talk")?;
+        let peer: SocketAddr = answer["peer"].as_str().context("no peer")?.parse()?;
+        expect(peer.ip() == client.ip && answer["pod"] == server.name.as_str(), || {
+            answer.to_string()
+        })
+    });
+    report.check("8", "both agents name both identities, and one trace", || {
+        let (client, server, _) = talk.as_ref().context("they did not talk")?;
+        let outbound = access(stage, client, "outbound", client, server)?;
+        let inbound = access(stage, server, "inbound", client, server)?;
+        let trace = &outbound["trace"];
+        expect(trace.is_string() && *trace == inbound["trace"], || format!("{outbound} {inbound}"))
+    });
+    report.check("8", "without the label the canary is on the wire", || {
+        let (client, server) = deploy(stage, &stage.plain)?;
+        let canary = Canary::random();
+        let capture = stage.capture(&canary, &[&client, &server])?;
+        stage.ask_patiently(&client, service(stage, &stage.plain)?, canary.text())?;
+        capture.expect_plaintext()
+    });
+    for namespace in [&stage.mesh, &stage.plain] {
+        let delete = ["-n", namespace, "delete", "deployment,service", "--all"];
+        stage.kubectl.output(&delete).map_or_else(|error| eprintln!("{error:#}"), drop);
+    }
+}
+
+/// A client on the first node, a server on the second; each with a service account of its own.
+fn deploy(stage: &Stage, namespace: &str) -> Result<(Pod, Pod)> {
+    let mut objects = vec![objects::service(namespace, "server", "server")];
+    for (name, node) in [("client", &stage.nodes[0]), ("server", &stage.nodes[1])] {
+        let mut spec = objects::pod_spec(node, &objects::server(&stage.image));
+        spec["serviceAccountName"] = json!(name);
+        objects.push(json!({
+            "apiVersion": "v1",
+            "kind": "ServiceAccount",
+            "metadata": { "name": name, "namespace": namespace },
+        }));
+        objects.push(objects::deployment(namespace, name, 1, &spec));
+    }
+    stage.kubectl.apply(objects)?;
+    let one = |name| {
+        stage.all_ready(namespace, name, 1)?.pop().with_context(|| format!("no pod of {name}"))
+    };
+    Ok((one("client")?, one("server")?))
+}
+
+fn service(stage: &Stage, namespace: &str) -> Result<SocketAddr> {
+    super::services::address(stage, namespace, "server")
+}
+
+/// The line of a pod's agent about a connection from client to server.
+fn access(stage: &Stage, of: &Pod, direction: &str, client: &Pod, server: &Pod) -> Result<Value> {
+    let identity = |account| format!("/ns/{}/sa/{account}", stage.mesh);
+    let is_of = |line: &Value, key: &str, suffix: &str| {
+        line[key].as_str().is_some_and(|value| value.ends_with(suffix))
+    };
+    until("the access log to name both identities", || {
+        let lines = stage.access_log(&of.node)?;
+        let of_pods = |line: &&Value| {
+            line["direction"] == direction
+                && line["client_uid"] == client.uid.as_str()
+                && line["server_uid"] == server.uid.as_str()
+        };
+        let line = lines.iter().rfind(of_pods).context("no line of it")?;
+        let right = line["kind"] == "mtls"
+            && is_of(line, "client_id", &identity("client"))
+            && is_of(line, "server_id", &identity("server"));
+        expect(right, || line.to_string())?;
+        Ok(Some(line.clone()))
+    })
+}
