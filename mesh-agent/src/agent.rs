@@ -3,6 +3,7 @@
 use std::{sync::Arc, time::SystemTime};
 
 use anyhow::{Context as _, Result};
+use mesh_common::ending::Ending;
 use tokio::sync::{mpsc, watch};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
@@ -11,7 +12,6 @@ use crate::{
     balance::Balancer,
     bpf::Datapath,
     config::Config,
-    ending::Ending,
     identity::{self, Identity},
     kubernetes::{Controller, Unguarded},
     logging, node,

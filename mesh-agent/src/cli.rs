@@ -9,7 +9,7 @@ use std::{
 };
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use mesh_common::{log::Log, spiffe::check_segment};
+use mesh_common::{ending::Ending, log::Log, spiffe::check_segment};
 use serde::Serialize;
 
 use crate::{
@@ -24,7 +24,6 @@ use crate::{
         install::{Installation, Places},
     },
     config::{Config, ConfigError, DEFAULT_ADMIN_SOCKET, EXIT_BAD_CONFIG, Udp},
-    ending::Ending,
     logging,
 };
 

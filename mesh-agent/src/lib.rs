@@ -8,7 +8,6 @@ pub mod check;
 pub mod cli;
 pub mod cni;
 pub mod config;
-pub mod ending;
 pub mod identity;
 pub mod kubernetes;
 pub mod logging;

@@ -1,14 +1,17 @@
 //! What more than one part of nodemesh must agree on.
 //!
 //! * [`abi`]: the types that the eBPF programs and the agent share through maps. `no_std`.
-//! * `api`, `spiffe`, `svid`, `join`, `log`, `membership` (feature `user`): the control plane's gRPC API, the names
-//!   of workloads, the certificates that prove them, the tokens that nodes join with, what is to be
-//!   logged, and which pods of a Kubernetes cluster are in the mesh.
+//! * `api`, `spiffe`, `svid`, `join`, `log`, `ending`, `membership` (feature `user`): the control
+//!   plane's gRPC API, the names of workloads, the certificates that prove them, the tokens that
+//!   nodes join with, what is to be logged, when a program is told to end, and which pods of a
+//!   Kubernetes cluster are in the mesh.
 #![cfg_attr(not(feature = "user"), no_std)]
 
 pub mod abi;
 #[cfg(feature = "user")]
 pub mod api;
+#[cfg(feature = "user")]
+pub mod ending;
 #[cfg(feature = "user")]
 mod hex;
 #[cfg(feature = "user")]

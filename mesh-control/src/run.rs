@@ -7,11 +7,9 @@ use std::{
 };
 
 use anyhow::Context as _;
+use mesh_common::ending::Ending;
 use nix::fcntl::{Flock, FlockArg};
-use tokio::{
-    net::TcpListener,
-    signal::unix::{SignalKind, signal},
-};
+use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -122,13 +120,9 @@ fn lock(config: &Config) -> anyhow::Result<Flock<std::fs::File>> {
 }
 
 fn stop_on_signal(shutdown: CancellationToken) -> anyhow::Result<()> {
-    let mut term = signal(SignalKind::terminate())?;
-    let mut int = signal(SignalKind::interrupt())?;
+    let mut ending = Ending::listen()?;
     tokio::spawn(async move {
-        tokio::select! {
-            _ = term.recv() => {}
-            _ = int.recv() => {}
-        }
+        ending.told().await;
         tracing::info!("stopping");
         shutdown.cancel();
     });

@@ -3,6 +3,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use mesh_common::ending::Ending;
 use notify::{
     EventKind, RecommendedWatcher, RecursiveMode, Watcher as _,
     event::{AccessKind, AccessMode},
@@ -10,7 +11,6 @@ use notify::{
 use tokio::sync::Notify;
 
 use super::{InstallError, Installation, turn::Turn};
-use crate::ending::Ending;
 
 /// When what failed is tried again, if nothing else happens.
 const RETRY: Duration = Duration::from_secs(5);
