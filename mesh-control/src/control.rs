@@ -3,12 +3,15 @@
 
 use std::{
     io,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, SystemTime},
 };
 
 use anyhow::Context as _;
-use arc_swap::{ArcSwap, ArcSwapOption};
+use arc_swap::ArcSwap;
 use mesh_common::{
     api,
     join::JoinToken,
@@ -46,8 +49,8 @@ pub struct Control {
     /// Serialises what reads the directories and publishes.
     files: Mutex<()>,
     view: ArcSwap<View>,
-    /// What the API server said last, in place of the registry's directory.
-    cluster: ArcSwapOption<(Registry, services::Files)>,
+    /// Whether the API server has said who is in the mesh. What it said is in the view.
+    heard: AtomicBool,
     identity: ArcSwap<Identity>,
     maintenance: Mutex<Option<String>>,
     /// The agents that are connected.
@@ -145,7 +148,7 @@ impl Control {
                 bundle_problems: Vec::new(),
                 unreadable: Vec::new(),
             }),
-            cluster: ArcSwapOption::empty(),
+            heard: AtomicBool::new(false),
             identity: ArcSwap::from_pointee(identity),
             maintenance: Mutex::new(None),
             sessions: Sessions::default(),
@@ -195,20 +198,21 @@ impl Control {
 
     /// Takes what the API server says for the registry. Blocks on the file system.
     pub fn set_cluster(&self, registry: Registry, services: services::Files) {
-        self.cluster.store(Some(Arc::new((registry, services))));
-        self.reload();
+        let _one_at_a_time = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+        self.reload_locked(Some((registry, services)));
+        self.heard.store(true, Ordering::Release);
     }
 
     /// Whether it is known who is in the mesh: on Kubernetes, after the API server has said it.
     pub fn is_ready(&self) -> bool {
-        self.config.kubernetes.is_none() || self.cluster.load().is_some()
+        self.config.kubernetes.is_none() || self.heard.load(Ordering::Acquire)
     }
 
     /// Whether a node may have a certificate: on Kubernetes, while the API server knows it.
     fn exists(&self, node: &str) -> Result<(), Refusal> {
-        let cluster = self.cluster.load();
-        let mut nodes = cluster.iter().flat_map(|cluster| &cluster.1.nodes);
-        if self.config.kubernetes.is_none() || nodes.any(|found| found.name == node) {
+        let view = self.view.load();
+        let found = || view.services.nodes.binary_search_by(|found| (*found.name).cmp(node));
+        if self.config.kubernetes.is_none() || found().is_ok() {
             Ok(())
         } else {
             Err(Refusal::NodeGone(node.to_owned()))
@@ -218,10 +222,12 @@ impl Control {
     /// Reads all directories anew and publishes what they say. Blocks on the file system.
     pub fn reload(&self) {
         let _one_at_a_time = self.files.lock().unwrap_or_else(PoisonError::into_inner);
-        self.reload_locked();
+        self.reload_locked(None);
     }
 
-    fn reload_locked(&self) {
+    /// `said`: what the API server has just said, in place of the directories of workloads and
+    /// services.
+    fn reload_locked(&self, said: Option<(Registry, services::Files)>) {
         let [registry_dir, services_dir, bundle_dir] = self.config.watched_dirs();
         let before = self.view.load();
         let mut unreadable = Vec::new();
@@ -229,11 +235,14 @@ impl Control {
             let (file, reason) = (dir.display().to_string(), error.to_string());
             unreadable.push(Problem { file, reason });
         };
-        let (registry, service_files) = match (&self.config.kubernetes, &*self.cluster.load()) {
-            (Some(_), Some(cluster)) => cluster.as_ref().clone(),
+        let (registry, service_files) = match said {
+            Some(said) => said,
             // Not an empty mesh, but one that is not known yet.
-            (Some(_), None) => return,
-            (None, _) => {
+            None if !self.is_ready() => return,
+            None if self.config.kubernetes.is_some() => {
+                (before.registry.clone(), before.service_files.clone())
+            }
+            None => {
                 let registry = match files::sources(&registry_dir, &["yaml", "yml"]) {
                     Ok(sources) => Registry::resolve(sources),
                     Err(error) => {
@@ -294,7 +303,7 @@ impl Control {
         self.not_on_kubernetes()?;
         let _one_at_a_time = self.files.lock().unwrap_or_else(PoisonError::into_inner);
         // The files may be ahead of the last event.
-        self.reload_locked();
+        self.reload_locked(None);
         let file = registry::file_name(&workload.uid);
         self.view.load().registry.admits(workload, &file).map_err(AdminError::Conflict)?;
         let path = self.config.registry_dir().join(&file);
@@ -302,7 +311,7 @@ impl Control {
             .map_err(io::Error::other)
             .and_then(|text| files::replace(&path, text.as_bytes()))
             .map_err(|source| AdminError::Storage { path: path.display().to_string(), source })?;
-        self.reload_locked();
+        self.reload_locked(None);
         match self.view.load().registry.get(&workload.uid) {
             Some(found) if found == workload => Ok(()),
             Some(_) | None => Err(AdminError::Conflict(format!(
@@ -319,7 +328,7 @@ impl Control {
     pub fn deregister(&self, uid: &str) -> Result<(), AdminError> {
         self.not_on_kubernetes()?;
         let _one_at_a_time = self.files.lock().unwrap_or_else(PoisonError::into_inner);
-        self.reload_locked();
+        self.reload_locked(None);
         let view = self.view.load();
         let file = view
             .registry
@@ -328,7 +337,7 @@ impl Control {
         let path = self.config.registry_dir().join(file);
         files::remove(&path)
             .map_err(|source| AdminError::Storage { path: path.display().to_string(), source })?;
-        self.reload_locked();
+        self.reload_locked(None);
         Ok(())
     }
 
