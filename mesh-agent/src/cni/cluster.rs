@@ -2,19 +2,16 @@
 
 use std::{path::Path, time::Duration};
 
-use k8s_openapi::api::core::v1::{Namespace, Pod};
 use kube::{
-    Api, Client, Config,
+    Client, Config,
     config::{KubeConfigOptions, Kubeconfig, KubeconfigError},
 };
 
-use super::{decision::Facts, protocol::PodRef};
+use super::protocol::PodRef;
+use crate::kubernetes::facts::Facts;
 
 /// A pod waits for its network, and the runtime tries again: better soon than patiently.
 const TIMEOUT: Duration = Duration::from_secs(5);
-
-/// The kubelet's annotation of the API's stand-in for a static pod: the pod's own UID.
-const MIRROR: &str = "kubernetes.io/config.mirror";
 
 /// Why the API was not readable.
 #[derive(Debug, thiserror::Error)]
@@ -62,11 +59,7 @@ pub(super) async fn check(kubeconfig: &Path) -> Result<(), ClusterError> {
 pub(super) async fn read(kubeconfig: &Path, pod: &PodRef) -> Result<Option<Facts>, ClusterError> {
     let reading = async {
         let client = connect(kubeconfig).await?;
-        let pods = Api::<Pod>::namespaced(client.clone(), &pod.namespace);
-        let namespaces = Api::<Namespace>::all(client);
-        let (found, namespace) =
-            tokio::try_join!(pods.get_opt(&pod.name), namespaces.get_opt(&pod.namespace))?;
-        Ok(found.zip(namespace).map(|(pod, namespace)| facts(pod, namespace)))
+        Ok(Facts::read(client, &pod.namespace, &pod.name).await?)
     };
     tokio::time::timeout(TIMEOUT, reading).await.unwrap_or(Err(ClusterError::Timeout))
 }
@@ -80,16 +73,4 @@ async fn connect(kubeconfig: &Path) -> Result<Client, ClusterError> {
     // The runtime does.
     config.default_retry = false;
     Ok(Client::try_from(config)?)
-}
-
-fn facts(pod: Pod, namespace: Namespace) -> Facts {
-    let annotations = pod.metadata.annotations.unwrap_or_default();
-    Facts {
-        uid: pod.metadata.uid.unwrap_or_default(),
-        mirrors: annotations.get(MIRROR).cloned(),
-        namespace_labels: namespace.metadata.labels.unwrap_or_default(),
-        labels: pod.metadata.labels.unwrap_or_default(),
-        annotations,
-        host_network: pod.spec.and_then(|spec| spec.host_network).unwrap_or_default(),
-    }
 }

@@ -3,19 +3,7 @@
 use mesh_common::membership::{Map, Membership, Pod};
 
 use super::protocol::PodRef;
-
-/// What the API says about a pod.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Facts {
-    /// The UID under which the control plane knows it.
-    pub(super) uid: String,
-    /// Of the stand-in for a static pod: the UID that the kubelet knows the pod by.
-    pub(super) mirrors: Option<String>,
-    pub(super) namespace_labels: Map,
-    pub(super) labels: Map,
-    pub(super) annotations: Map,
-    pub(super) host_network: bool,
-}
+use crate::kubernetes::facts::Facts;
 
 /// What becomes of the pod, and what is remembered of its namespace.
 #[derive(Debug, PartialEq, Eq)]
@@ -75,13 +63,7 @@ pub(super) fn decide<E>(
     if facts.uid != pod.uid && facts.mirrors.as_ref() != Some(&pod.uid) {
         return refuse(Refusal::OtherPod);
     }
-    let pod = Pod {
-        namespace: &pod.namespace,
-        namespace_labels: &facts.namespace_labels,
-        labels: &facts.labels,
-        annotations: &facts.annotations,
-        host_network: facts.host_network,
-    };
+    let pod = facts.candidate(&pod.namespace);
     let nothing = Map::new();
     let silent = Pod { labels: &nothing, annotations: &nothing, host_network: false, ..pod };
     let is_member = |pod: &Pod<'_>| Membership::of(pod, own_namespace).is_member();

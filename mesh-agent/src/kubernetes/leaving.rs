@@ -3,9 +3,10 @@
 
 use std::time::Duration;
 
-use k8s_openapi::api::core::v1::{Namespace, Pod};
-use kube::{Api, Client};
-use mesh_common::membership::{Membership, Outside, Pod as Candidate};
+use kube::Client;
+use mesh_common::membership::{Membership, Outside};
+
+use super::facts::Facts;
 
 /// How long the API server may take.
 const ANSWER_WITHIN: Duration = Duration::from_secs(10);
@@ -45,37 +46,16 @@ pub(super) async fn ask(
     own_namespace: &str,
 ) -> Result<Fate, AskError> {
     let Name { namespace, name } = name;
-    let asking = async {
-        let pods = Api::<Pod>::namespaced(client.clone(), namespace);
-        let namespaces = Api::<Namespace>::all(client.clone());
-        tokio::try_join!(pods.get_opt(name), namespaces.get_opt(namespace))
-    };
-    let (pod, found) =
+    let asking = Facts::read(client.clone(), namespace, name);
+    let found =
         tokio::time::timeout(ANSWER_WITHIN, asking).await.map_err(|_| AskError::Timeout)??;
-    Ok(match pod.zip(found) {
-        Some((pod, found)) if pod.metadata.uid.as_deref() == Some(uid) => {
-            fate(namespace, pod, found, own_namespace)
-        }
-        Some(_) | None => Fate::Over,
+    Ok(match found.filter(|found| found.uid == uid && !found.is_over) {
+        None => Fate::Over,
+        Some(found) => match Membership::of(&found.candidate(namespace), own_namespace) {
+            Membership::Pod | Membership::Namespace => Fate::Member,
+            Membership::Outside(why) => Fate::Outside(why),
+        },
     })
-}
-
-fn fate(namespace: &str, pod: Pod, found: Namespace, own_namespace: &str) -> Fate {
-    let phase = pod.status.and_then(|status| status.phase).unwrap_or_default();
-    if matches!(phase.as_str(), "Succeeded" | "Failed") {
-        return Fate::Over;
-    }
-    let candidate = Candidate {
-        namespace,
-        namespace_labels: &found.metadata.labels.unwrap_or_default(),
-        labels: &pod.metadata.labels.unwrap_or_default(),
-        annotations: &pod.metadata.annotations.unwrap_or_default(),
-        host_network: pod.spec.and_then(|spec| spec.host_network).unwrap_or_default(),
-    };
-    match Membership::of(&candidate, own_namespace) {
-        Membership::Pod | Membership::Namespace => Fate::Member,
-        Membership::Outside(why) => Fate::Outside(why),
-    }
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 //! guard, and those that were taken out of the mesh are let go. Neither restarts a pod.
 
 mod discovery;
+pub(crate) mod facts;
 mod leaving;
 mod missing;
 mod processes;
