@@ -1,8 +1,6 @@
 //! `mesh-agent check-node`: whether this node can run the agent, before it is installed.
 
-use std::path::Path;
-
-use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+use std::path::{Path, PathBuf};
 
 use crate::{bpf, cni::install, node};
 
@@ -30,15 +28,14 @@ fn cgroup() -> Finding {
 
 fn bpffs(root: &Path) -> Finding {
     let path = below(root, Path::new("/sys/fs/bpf"));
-    match statfs(&path) {
-        Ok(found) if found.filesystem_type() == BPF_FS_MAGIC => {
-            Ok(format!("a BPF file system is at {}", path.display()))
-        }
-        Ok(_) | Err(_) => Err(format!(
+    if bpf::is_bpffs(&path).unwrap_or(false) {
+        Ok(format!("a BPF file system is at {}", path.display()))
+    } else {
+        Err(format!(
             "no BPF file system is at {}: mount one on the node (mount -t bpf bpf /sys/fs/bpf), \
              and see that it is there after a reboot",
             path.display()
-        )),
+        ))
     }
 }
 
@@ -47,7 +44,7 @@ fn network(root: &Path, conf_dir: &Path) -> Finding {
     Ok(format!("the CNI plugin can be chained into {}", found.display()))
 }
 
-fn below(root: &Path, path: &Path) -> std::path::PathBuf {
+fn below(root: &Path, path: &Path) -> PathBuf {
     root.join(path.strip_prefix("/").unwrap_or(path))
 }
 

@@ -28,6 +28,7 @@ use aya::{
 
 pub use events::{Events, GuardEvent};
 pub use node::{Counted, Datapath, DropCount, Tag};
+pub use pins::is_bpffs;
 pub use pod::{Device, DeviceLink};
 pub use probe::missing;
 

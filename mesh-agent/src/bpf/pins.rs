@@ -37,6 +37,15 @@ const NODE_MAPS: [NodeMap; 7] = [
 
 const _: () = assert!(size_of::<Event>() == 24);
 
+/// Whether a BPF file system is mounted at a path.
+///
+/// # Errors
+///
+/// When nothing is there.
+pub fn is_bpffs(path: &Path) -> io::Result<bool> {
+    Ok(statfs(path)?.filesystem_type() == BPF_FS_MAGIC)
+}
+
 /// The agent's directory in bpffs.
 #[derive(Clone, Debug)]
 pub(super) struct Pins {
@@ -48,8 +57,7 @@ impl Pins {
     /// Names the directory below a BPF file system, which is mounted if nothing is there yet.
     pub(super) fn open(bpffs: &Path) -> Result<Self, BpfError> {
         fs::create_dir_all(bpffs).map_err(BpfError::io(bpffs))?;
-        let is_bpf = |path: &Path| statfs(path).map(|fs| fs.filesystem_type() == BPF_FS_MAGIC);
-        if !is_bpf(bpffs).map_err(io::Error::from).map_err(BpfError::io(bpffs))? {
+        if !is_bpffs(bpffs).map_err(BpfError::io(bpffs))? {
             let options = Some("mode=0700");
             mount(Some("bpf"), bpffs, Some("bpf"), MsFlags::empty(), options)
                 .map_err(io::Error::from)
