@@ -260,7 +260,9 @@ fn pod_block(pod: &Pod, now: OffsetDateTime, style: Style) -> String {
         .collect();
     fact("udp", format!("{:?}, {} datagrams left", pod.udp, pod.datagrams).to_lowercase());
     fact("drops", if drops.is_empty() { "none".to_owned() } else { drops.join(", ") });
-    fact("repairs", format!("{}; {} connections aborted at enrolment", pod.repairs, pod.aborted));
+    let (aborted, revoked) = (pod.aborted, pod.revoked);
+    fact("cut", format!("{aborted} connections at enrolment, {revoked} no longer allowed"));
+    fact("repairs", pod.repairs.to_string());
     format!(
         "pod {} ({}) at {}\n{}",
         style.strong(&clean(pod.label())),

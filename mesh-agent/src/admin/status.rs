@@ -155,6 +155,8 @@ pub struct Pod {
     pub repairs: u64,
     /// Connections from before the enrolment that were aborted.
     pub aborted: u64,
+    /// Connections that were ended because they were no longer allowed.
+    pub revoked: u64,
 }
 
 impl Pod {
@@ -364,6 +366,7 @@ pub(super) mod tests {
             idle_tunnels: 1,
             repairs: 0,
             aborted: 4,
+            revoked: 2,
         };
         Status {
             schema: SCHEMA,

@@ -280,6 +280,7 @@ fn tasks(
     vec![
         AbortOnDropHandle::new(tokio::spawn(Arc::clone(keeper).run(changes))),
         AbortOnDropHandle::new(tokio::spawn(purge)),
+        AbortOnDropHandle::new(tokio::spawn(Arc::clone(proxy).revise())),
         AbortOnDropHandle::new(tokio::spawn(
             Arc::clone(proxy).serve(outbound, Facing::Application),
         )),

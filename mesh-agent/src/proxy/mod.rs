@@ -35,8 +35,8 @@ use crate::{
     config::Timeouts,
     identity::{Snapshot, Svid, Workload},
     pod::sockets::{Facing, PodSockets},
-    policy::Policy,
-    stats::{Direction, HandshakeFailure, PodStats},
+    policy::{Open, Policy},
+    stats::{Connection, Direction, HandshakeFailure, Kind, Parties, PodStats},
     tunnel::{AppSocket, Pool, ReadAhead},
 };
 
@@ -121,12 +121,12 @@ impl PodProxy {
                 Ok((stream, client)) => {
                     let proxy = Arc::clone(&self);
                     self.tasks.spawn(async move {
-                        let kill = proxy.kill.clone();
+                        let kill = proxy.kill.child_token();
                         // Dropping a connection resets it.
                         tokio::select! {
                             biased;
                             () = kill.cancelled() => {}
-                            () = proxy.connection(stream, client, facing) => {}
+                            () = proxy.connection(stream, client, facing, &kill) => {}
                         }
                     });
                 }
@@ -140,15 +140,34 @@ impl PodProxy {
         }
     }
 
-    async fn connection(self: Arc<Self>, stream: TcpStream, client: SocketAddr, facing: Facing) {
+    /// Ends what is open and no longer allowed, whenever the registry changes.
+    pub async fn revise(self: Arc<Self>) {
+        let mut registry = self.registry.clone();
+        while registry.changed().await.is_ok() {
+            let registry = Arc::clone(&registry.borrow_and_update());
+            self.stats.revise(|connection| {
+                let open = as_policy_sees_it(connection);
+                let revised = self.policy.revise(&self.uid, &open, &registry);
+                revised.map_err(|why| why.to_string())
+            });
+        }
+    }
+
+    async fn connection(
+        self: Arc<Self>,
+        stream: TcpStream,
+        client: SocketAddr,
+        facing: Facing,
+        kill: &CancellationToken,
+    ) {
         let Ok(destination) = stream.local_addr() else { return };
         let (client, destination) = (canonical(client), canonical(destination));
         match facing {
             Facing::Application => match AppSocket::new(stream) {
-                Ok(app) => outbound::connection(&self, app, client, destination).await,
+                Ok(app) => outbound::connection(&self, app, client, destination, kill).await,
                 Err(error) => tracing::debug!(%error, %client, "the application is gone already"),
             },
-            Facing::Network => inbound::connection(&self, stream, client, destination).await,
+            Facing::Network => inbound::connection(&self, stream, client, destination, kill).await,
         }
     }
 
@@ -178,6 +197,23 @@ impl PodProxy {
         let waited =
             tokio::time::timeout(self.timeouts.handshake, svid.wait_for(Option::is_some)).await;
         waited.ok()?.ok()?.clone()
+    }
+}
+
+fn as_policy_sees_it(connection: &Connection) -> Open<'_> {
+    let Parties { direction, client, server, endpoint, .. } = &connection.parties;
+    let source = client.address.ip();
+    let in_mesh = connection.kind == Kind::Mtls;
+    match direction {
+        Direction::Outbound => {
+            let destination = endpoint.unwrap_or(server.address);
+            let peer = server.workload.as_deref().filter(|_| in_mesh);
+            Open::Outbound { source, destination, peer }
+        }
+        Direction::Inbound => {
+            let peer = client.workload.as_deref().filter(|_| in_mesh);
+            Open::Inbound { source, port: server.address.port(), peer }
+        }
     }
 }
 

@@ -5,6 +5,7 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 use rustls::pki_types::ServerName;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
+use tokio_util::sync::CancellationToken;
 
 use super::{
     ClientStream, PodProxy, TURN_PATIENCE, arrival, peer,
@@ -28,6 +29,7 @@ pub(super) async fn connection(
     mut app: AppSocket,
     client: SocketAddr,
     destination: SocketAddr,
+    kill: &CancellationToken,
 ) {
     arrival::of_own(&pod.registry, &pod.uid, client.ip()).await;
     let trace = TraceId(rand::random());
@@ -49,7 +51,7 @@ pub(super) async fn connection(
     parties.endpoint = hop.endpoint();
     parties.server.workload = hop.server().cloned();
     parties.trace = (hop.kind() == Kind::Mtls).then_some(trace);
-    let Ok(mut guard) = pod.stats.open(parties, hop.kind()) else { return };
+    let Ok(mut guard) = pod.stats.open(parties, hop.kind(), kill) else { return };
     let header = Header::new(client, trace);
     loop {
         let Ended { why, untouched } = match &hop.way {

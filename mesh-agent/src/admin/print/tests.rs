@@ -20,7 +20,8 @@ pod shop/cart-0 (u1) at /run/netns/cart
   handshakes   7 ok, failed 0; 1 idle tunnels
   udp          allow, 5 datagrams left
   drops        device/plaintext 12
-  repairs      0; 4 connections aborted at enrolment
+  cut          4 connections at enrolment, 2 no longer allowed
+  repairs      0
 
 LAST       TIMES  PROBLEM
 1m 0s ago  3      something [31m else
