@@ -270,14 +270,27 @@ impl Policy {
     }
 }
 
-/// A connection that was let through. `peer` is the pod at the other end of one that is carried in
-/// the mesh.
+/// A connection that was let through.
 #[derive(Clone, Copy, Debug)]
 pub enum Open<'a> {
     /// The pod's application opened it.
-    Outbound { source: IpAddr, destination: SocketAddr, peer: Option<&'a Workload> },
-    /// The pod's application accepted it, at `port`.
-    Inbound { source: IpAddr, port: u16, peer: Option<&'a Workload> },
+    Outbound {
+        /// From where.
+        source: IpAddr,
+        /// What is dialled: the endpoint, if it was opened to a service.
+        destination: SocketAddr,
+        /// The server, if it is carried in the mesh.
+        peer: Option<&'a Workload>,
+    },
+    /// The pod's application accepted it.
+    Inbound {
+        /// From where.
+        source: IpAddr,
+        /// Where the application listens.
+        port: u16,
+        /// The client, if it is carried in the mesh.
+        peer: Option<&'a Workload>,
+    },
 }
 
 /// Why a connection that was let through may not go on.

@@ -57,18 +57,22 @@ impl Direction {
 pub enum Kind {
     /// In mutual TLS.
     Mtls,
+    /// From one pod of the mesh to another on this node, both of which have proven who they are. It
+    /// never gets onto a wire.
+    Local,
     /// As it is, because the policy allows that.
     Plaintext,
 }
 
 impl Kind {
-    /// Both.
-    pub const ALL: [Self; 2] = [Self::Mtls, Self::Plaintext];
+    /// All.
+    pub const ALL: [Self; 3] = [Self::Mtls, Self::Local, Self::Plaintext];
 
     /// The name in logs, metrics and JSON.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Mtls => "mtls",
+            Self::Local => "local",
             Self::Plaintext => "plaintext",
         }
     }
@@ -171,7 +175,7 @@ struct Table {
     last_id: u64,
     open: HashMap<u64, Arc<Connection>>,
     /// Of the open connections only `opened` is in here.
-    totals: [[Totals; 2]; 2],
+    totals: [[Totals; Kind::ALL.len()]; 2],
 }
 
 impl PodStats {
@@ -357,19 +361,23 @@ impl ConnectionGuard {
     }
 
     /// Another endpoint takes on the connection, before anything was said: it still is the same one.
-    pub fn pass_to(&mut self, endpoint: SocketAddr, workload: Option<Arc<Workload>>) {
-        let Connection { parties, kind, since, started, kill, .. } = &*self.connection;
+    pub fn pass_to(&mut self, endpoint: SocketAddr, workload: Option<Arc<Workload>>, kind: Kind) {
+        let Connection { parties, since, started, kill, .. } = &*self.connection;
         let server = Party { workload, ..parties.server.clone() };
         self.connection = Arc::new(Connection {
             parties: Parties { server, endpoint: Some(endpoint), ..parties.clone() },
-            kind: *kind,
+            kind,
             since: *since,
             traffic: Traffic::default(),
             started: *started,
             kill: kill.clone(),
             revoked: OnceLock::new(),
         });
-        self.pod.table().open.insert(self.id, Arc::clone(&self.connection));
+        let mut table = self.pod.table();
+        let before = table.open.insert(self.id, Arc::clone(&self.connection));
+        if before.is_some_and(|before| before.kind != kind) {
+            table.totals[self.connection.parties.direction as usize][kind as usize].opened += 1;
+        }
     }
 
     /// The connection has ended, like this. Without this call its task was aborted: by un-enrolment,

@@ -67,6 +67,7 @@ pub fn print_pods(status: &Status, style: Style) -> String {
         "CERTIFICATE",
         "GUARD",
         "MTLS",
+        "LOCAL",
         "PLAINTEXT",
         "DENIED",
         "SENT",
@@ -97,6 +98,7 @@ pub fn print_pods(status: &Status, style: Style) -> String {
             certificate,
             guard,
             open_and_total(pod, "mtls"),
+            open_and_total(pod, "local"),
             open_and_total(pod, "plaintext"),
             pod.denied.iter().map(|denied| denied.count).sum::<u64>().to_string(),
             bytes(sent),
@@ -240,8 +242,9 @@ fn pod_block(pod: &Pod, now: OffsetDateTime, style: Style) -> String {
     fact(
         "connections",
         format!(
-            "mtls {}, plaintext {} (open/total), denied {}",
+            "mtls {}, local {}, plaintext {} (open/total), denied {}",
             open_and_total(pod, "mtls"),
+            open_and_total(pod, "local"),
             open_and_total(pod, "plaintext"),
             sum_by_reason(denied)
         ),

@@ -182,7 +182,7 @@ pub struct GuardLayer {
 pub struct Connections {
     /// `outbound` or `inbound`.
     pub direction: String,
-    /// `mtls` or `plaintext`.
+    /// `mtls`, `local` or `plaintext`.
     pub kind: String,
     /// Open now.
     pub open: u64,
@@ -281,7 +281,7 @@ pub struct OpenConnection {
     pub pod: String,
     /// `outbound` or `inbound`.
     pub direction: String,
-    /// `mtls` or `plaintext`.
+    /// `mtls`, `local` or `plaintext`.
     pub kind: String,
     /// Who opened it.
     pub client: Party,

@@ -88,7 +88,7 @@ async fn plaintext(pod: &PodProxy, stream: TcpStream, parties: Parties, kill: &C
     };
     match patient(pod.timeouts.dial, dial).await {
         Ok((client, app)) => {
-            let end = relay_plain(client, app, guard.traffic()).await;
+            let end = relay_plain(client, app, &[guard.traffic()]).await;
             guard.finish(end);
         }
         Err(error) => guard.finish(format_args!("cannot connect to the application: {error}")),

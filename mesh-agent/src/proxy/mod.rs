@@ -6,6 +6,7 @@
 mod admission;
 mod arrival;
 mod inbound;
+mod neighbour;
 mod outbound;
 mod peer;
 mod route;
@@ -29,6 +30,7 @@ use tokio_rustls::client::TlsStream;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub(crate) use self::admission::Admission;
+pub use self::neighbour::Neighbours;
 use self::peer::Failed;
 use crate::{
     balance::Balancer,
@@ -74,6 +76,8 @@ pub struct PodProxy {
     pub policy: Arc<Policy>,
     /// Which endpoint of a service a connection goes to.
     pub balancer: Arc<Balancer>,
+    /// The pods that need no tunnel.
+    pub neighbours: Arc<Neighbours>,
     /// The pod's counts.
     pub stats: Arc<PodStats>,
     /// When a failure of one of the pod's tunnels was last logged as a warning.
@@ -203,7 +207,7 @@ impl PodProxy {
 fn as_policy_sees_it(connection: &Connection) -> Open<'_> {
     let Parties { direction, client, server, endpoint, .. } = &connection.parties;
     let source = client.address.ip();
-    let in_mesh = connection.kind == Kind::Mtls;
+    let in_mesh = connection.kind != Kind::Plaintext;
     match direction {
         Direction::Outbound => {
             let destination = endpoint.unwrap_or(server.address);

@@ -70,7 +70,7 @@ fn access_log(action: impl FnOnce()) -> Vec<serde_json::Value> {
 
 fn totals(pod: &PodStats, direction: Direction, kind: Kind) -> Totals {
     let all = pod.totals();
-    assert_eq!(all.len(), 4);
+    assert_eq!(all.len(), 6);
     all.into_iter().find(|(d, k, _)| (*d, *k) == (direction, kind)).unwrap().2
 }
 
@@ -148,7 +148,7 @@ fn a_connection_that_is_passed_on_counts_once() {
     let lines = access_log(|| {
         let mut guard = pod.open(parties, Kind::Mtls, &CancellationToken::new()).unwrap();
         let other = party("10.1.0.3:8080", Some("other"));
-        guard.pass_to(other.address, other.workload);
+        guard.pass_to(other.address, other.workload, Kind::Mtls);
         guard.traffic().set(5, 7);
         let expected = Totals { open: 1, opened: 1, from_client: 5, from_server: 7 };
         assert_eq!(totals(&pod, Direction::Outbound, Kind::Mtls), expected);
@@ -174,7 +174,7 @@ fn what_is_no_longer_allowed_ends_and_says_why() {
         for _ in 0..2 {
             pod.revise(|connection| match connection.kind {
                 Kind::Mtls => Err("the registry has changed".to_owned()),
-                Kind::Plaintext => Ok(()),
+                Kind::Local | Kind::Plaintext => Ok(()),
             });
         }
         assert_eq!(pod.revoked(), [(Direction::Outbound, 0), (Direction::Inbound, 1)]);

@@ -15,7 +15,7 @@ pod shop/cart-0 (u1) at /run/netns/cart
   identity     spiffe://td/ns/shop/sa/cart
   certificate  serial 80000f, issued 10m 0s ago, expires in 4h 0m, rotates in 2h 0m
   guard        device active (eth0)
-  connections  mtls 3/120, plaintext 0/0 (open/total), denied 2 (unknown-in-cluster 2)
+  connections  mtls 3/120, local 0/0, plaintext 0/0 (open/total), denied 2 (unknown-in-cluster 2)
   payload      1.0 KiB sent, 2.0 KiB received
   handshakes   7 ok, failed 0; 1 idle tunnels
   udp          allow, 5 datagrams left
