@@ -115,9 +115,10 @@ impl Root {
     }
 
     fn trusting(self, trusted: Vec<Pem>) -> ByteString {
-        let pems = [vec![self.key, self.certificate], trusted].concat();
         let config = EncodeConfig::new().set_line_ending(LineEnding::LF);
-        ByteString(pem::encode_many_config(&pems, config).into_bytes())
+        let pems = [self.key, self.certificate].into_iter().chain(trusted);
+        let text: String = pems.map(|pem| pem::encode_config(&pem, config)).collect();
+        ByteString(text.into_bytes())
     }
 }
 

@@ -316,7 +316,7 @@ mod tests {
     fn config(dir: &tempfile::TempDir) -> Config {
         let path = dir.path().join("config.yaml");
         let state = dir.path().join("state");
-        fs::create_dir_all(&state).unwrap();
+        files::private_dir(&state).unwrap();
         let text = format!("trust_domain: mesh.example\nstate_dir: {}", state.display());
         fs::write(&path, text).unwrap();
         Config::load(&path).unwrap()
