@@ -249,7 +249,7 @@ impl Policy {
             Open::Inbound { source, port, peer: None } => {
                 match self.ingress_plaintext(source, uid, port, registry) {
                     Verdict::Plaintext(_) => return Ok(()),
-                    verdict => verdict,
+                    verdict @ (Verdict::Mesh(_) | Verdict::Deny(_)) => verdict,
                 }
             }
             Open::Inbound { source, peer: Some(then), .. } => {

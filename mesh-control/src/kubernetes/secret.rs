@@ -458,7 +458,7 @@ mod tests {
                     let metadata = json!({"resourceVersion": version.to_string()});
                     (200, json!({"metadata": metadata, "items": [stored.secret]}))
                 }
-                "PUT" if body["metadata"]["resourceVersion"] != version.to_string() => {
+                "PUT" if body["metadata"]["resourceVersion"] != *version.to_string() => {
                     stored.refused += 1;
                     (409, json!({"status": "Failure", "code": 409, "reason": "Conflict"}))
                 }
