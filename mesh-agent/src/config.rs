@@ -133,6 +133,9 @@ pub struct Config {
     /// The cgroup2 directory to attach to. Default: the root, found through the mount table.
     #[serde(default, deserialize_with = "some_absolute")]
     pub cgroup: Option<PathBuf>,
+    /// Whether pods of one node have TLS between them too, though they share no wire.
+    #[serde(default)]
+    pub encrypt_same_node: bool,
     /// Plaintext to destinations outside `cluster_ranges`.
     #[serde(default)]
     pub egress: Egress,

@@ -11,7 +11,10 @@ use std::{
     sync::Arc,
 };
 
-use mesh_common::{spiffe::SpiffeId, svid::Leaf};
+use mesh_common::{
+    spiffe::{SpiffeId, WorkloadId},
+    svid::{Leaf, PodRef},
+};
 
 pub use self::settings::{AddressRanges, Egress, PlaintextIngress, Ports};
 use crate::identity::{Snapshot, Workload};
@@ -219,16 +222,109 @@ impl Policy {
             let (SpiffeId::Workload(id), Some(pod)) = (&client.id, &client.pod) else {
                 return Err(DenyReason::IdentityMismatch);
             };
-            let peer = registry.by_uid(&pod.uid).ok_or(DenyReason::UnregisteredPeer)?;
-            if peer.id != *id || peer.name != pod.name {
-                return Err(DenyReason::IdentityMismatch);
-            }
-            match registry.by_address(source) {
-                Some(owner) if owner.uid == peer.uid => Ok(Verdict::Mesh(Arc::clone(peer))),
-                Some(_) | None => Err(DenyReason::SourceAddress),
-            }
+            check_peer(pod, id, source, registry).map(|peer| Verdict::Mesh(Arc::clone(peer)))
         };
         allowed().unwrap_or_else(Verdict::Deny)
+    }
+
+    /// Decides whether a connection of the pod `uid` that was let through earlier may go on.
+    ///
+    /// # Errors
+    ///
+    /// Why not.
+    pub fn revise(
+        &self,
+        uid: &str,
+        open: &Open<'_>,
+        registry: &Snapshot,
+    ) -> Result<(), Revocation> {
+        let verdict = match *open {
+            Open::Outbound { source, destination, peer } => {
+                match (self.egress(uid, source, destination, registry), peer) {
+                    (Verdict::Plaintext(_), None) => return Ok(()),
+                    (Verdict::Mesh(now), Some(then)) if is_same(&now, then) => return Ok(()),
+                    (verdict, _) => verdict,
+                }
+            }
+            Open::Inbound { source, port, peer: None } => {
+                match self.ingress_plaintext(source, uid, port, registry) {
+                    Verdict::Plaintext(_) => return Ok(()),
+                    verdict @ (Verdict::Mesh(_) | Verdict::Deny(_)) => verdict,
+                }
+            }
+            Open::Inbound { source, peer: Some(then), .. } => {
+                let pod = PodRef { name: then.name.clone(), uid: then.uid.clone() };
+                let allowed = check_registered(uid, registry)
+                    .and_then(|()| check_peer(&pod, &then.id, source, registry));
+                match allowed {
+                    Ok(_) => return Ok(()),
+                    Err(reason) => Verdict::Deny(reason),
+                }
+            }
+        };
+        Err(match verdict {
+            Verdict::Deny(reason) => Revocation::Denied(reason),
+            Verdict::Mesh(_) => Revocation::OtherPeer,
+            Verdict::Plaintext(_) => Revocation::PeerLeft,
+        })
+    }
+}
+
+/// A connection that was let through.
+#[derive(Clone, Copy, Debug)]
+pub enum Open<'a> {
+    /// The pod's application opened it.
+    Outbound {
+        /// From where.
+        source: IpAddr,
+        /// What is dialled: the endpoint, if it was opened to a service.
+        destination: SocketAddr,
+        /// The server, if it is carried in the mesh.
+        peer: Option<&'a Workload>,
+    },
+    /// The pod's application accepted it.
+    Inbound {
+        /// From where.
+        source: IpAddr,
+        /// Where the application listens.
+        port: u16,
+        /// The client, if it is carried in the mesh.
+        peer: Option<&'a Workload>,
+    },
+}
+
+/// Why a connection that was let through may not go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Revocation {
+    /// It would be refused now.
+    #[error("no longer allowed: {0}")]
+    Denied(DenyReason),
+    /// Another pod is at that address now, or one of the mesh where none was.
+    #[error("no longer allowed: another pod of the mesh is there now")]
+    OtherPeer,
+    /// The pod at the other end is no longer in the mesh.
+    #[error("no longer allowed: the pod there has left the mesh")]
+    PeerLeft,
+}
+
+fn is_same(now: &Workload, then: &Workload) -> bool {
+    (&now.uid, &now.id) == (&then.uid, &then.id)
+}
+
+/// Decides whether a pod that has proven who it is may speak from the address `source`.
+fn check_peer<'a>(
+    pod: &PodRef,
+    id: &WorkloadId,
+    source: IpAddr,
+    registry: &'a Snapshot,
+) -> Result<&'a Arc<Workload>, DenyReason> {
+    let peer = registry.by_uid(&pod.uid).ok_or(DenyReason::UnregisteredPeer)?;
+    if peer.id != *id || peer.name != pod.name {
+        return Err(DenyReason::IdentityMismatch);
+    }
+    match registry.by_address(source) {
+        Some(owner) if owner.uid == peer.uid => Ok(peer),
+        Some(_) | None => Err(DenyReason::SourceAddress),
     }
 }
 

@@ -12,11 +12,13 @@ use std::{
     fmt,
     net::SocketAddr,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, RwLock,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock,
         atomic::{AtomicU64, Ordering},
     },
     time::{Instant, SystemTime},
 };
+
+use tokio_util::sync::CancellationToken;
 
 pub use self::{
     handshake::HandshakeFailure,
@@ -55,18 +57,22 @@ impl Direction {
 pub enum Kind {
     /// In mutual TLS.
     Mtls,
+    /// From one pod of the mesh to another on this node, both of which have proven who they are. It
+    /// never gets onto a wire.
+    Local,
     /// As it is, because the policy allows that.
     Plaintext,
 }
 
 impl Kind {
-    /// Both.
-    pub const ALL: [Self; 2] = [Self::Mtls, Self::Plaintext];
+    /// All.
+    pub const ALL: [Self; 3] = [Self::Mtls, Self::Local, Self::Plaintext];
 
     /// The name in logs, metrics and JSON.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Mtls => "mtls",
+            Self::Local => "local",
             Self::Plaintext => "plaintext",
         }
     }
@@ -108,6 +114,10 @@ pub struct Connection {
     /// The bytes so far.
     pub traffic: Traffic,
     started: Instant,
+    /// Ends its task.
+    kill: CancellationToken,
+    /// Why it may not go on.
+    revoked: OnceLock<String>,
 }
 
 /// The connections of one direction and kind. Only `open` ever falls.
@@ -157,6 +167,7 @@ pub struct PodStats {
     denied: [[AtomicU64; DenyReason::ALL.len()]; 2],
     handshakes: [AtomicU64; 2],
     failed_handshakes: [[AtomicU64; HandshakeFailure::ALL.len()]; 2],
+    revoked: [AtomicU64; 2],
 }
 
 #[derive(Debug, Default)]
@@ -164,7 +175,7 @@ struct Table {
     last_id: u64,
     open: HashMap<u64, Arc<Connection>>,
     /// Of the open connections only `opened` is in here.
-    totals: [[Totals; 2]; 2],
+    totals: [[Totals; Kind::ALL.len()]; 2],
 }
 
 impl PodStats {
@@ -175,10 +186,12 @@ impl PodStats {
             denied: Default::default(),
             handshakes: Default::default(),
             failed_handshakes: Default::default(),
+            revoked: Default::default(),
         }
     }
 
-    /// Registers a connection that the policy lets through, for as long as the guard lives.
+    /// Registers a connection that the policy lets through, for as long as the guard lives. `kill`
+    /// ends its task.
     ///
     /// # Errors
     ///
@@ -187,18 +200,27 @@ impl PodStats {
         self: &Arc<Self>,
         parties: Parties,
         kind: Kind,
+        kill: &CancellationToken,
     ) -> Result<ConnectionGuard, DenyReason> {
-        let (since, started, traffic) = (SystemTime::now(), Instant::now(), Traffic::default());
+        let connection = Arc::new(Connection {
+            parties,
+            kind,
+            since: SystemTime::now(),
+            traffic: Traffic::default(),
+            started: Instant::now(),
+            kill: kill.clone(),
+            revoked: OnceLock::new(),
+        });
+        let parties = &connection.parties;
         let mut table = self.table();
         if table.open.len() >= self.limit {
             drop(table);
-            self.deny(&parties, DenyReason::TooManyConnections);
+            self.deny(parties, DenyReason::TooManyConnections);
             return Err(DenyReason::TooManyConnections);
         }
         table.totals[parties.direction as usize][kind as usize].opened += 1;
         table.last_id += 1;
         let id = table.last_id;
-        let connection = Arc::new(Connection { parties, kind, since, traffic, started });
         table.open.insert(id, Arc::clone(&connection));
         drop(table);
         Ok(ConnectionGuard { pod: Arc::clone(self), id, connection, end: None })
@@ -208,6 +230,25 @@ impl PodStats {
     pub fn deny(&self, parties: &Parties, reason: DenyReason) {
         self.denied[parties.direction as usize][reason.index()].fetch_add(1, Ordering::Relaxed);
         access::log_denied(parties, reason);
+    }
+
+    /// Ends the open connections that are no longer allowed, as `judge` says with a reason.
+    pub fn revise(&self, judge: impl Fn(&Connection) -> Result<(), String>) {
+        for connection in self.connections() {
+            if let Err(why) = judge(&connection)
+                && connection.revoked.set(why).is_ok()
+            {
+                let direction = connection.parties.direction;
+                self.revoked[direction as usize].fetch_add(1, Ordering::Relaxed);
+                connection.kill.cancel();
+            }
+        }
+    }
+
+    /// The connections that were ended because they were no longer allowed.
+    pub fn revoked(&self) -> [(Direction, u64); 2] {
+        Direction::ALL
+            .map(|direction| (direction, self.revoked[direction as usize].load(Ordering::Relaxed)))
     }
 
     /// Counts a handshake between agents that succeeded.
@@ -320,13 +361,23 @@ impl ConnectionGuard {
     }
 
     /// Another endpoint takes on the connection, before anything was said: it still is the same one.
-    pub fn pass_to(&mut self, endpoint: SocketAddr, workload: Option<Arc<Workload>>) {
-        let Connection { parties, kind, since, started, .. } = &*self.connection;
+    pub fn pass_to(&mut self, endpoint: SocketAddr, workload: Option<Arc<Workload>>, kind: Kind) {
+        let Connection { parties, since, started, kill, .. } = &*self.connection;
         let server = Party { workload, ..parties.server.clone() };
-        let parties = Parties { server, endpoint: Some(endpoint), ..parties.clone() };
-        let (kind, since, started, traffic) = (*kind, *since, *started, Traffic::default());
-        self.connection = Arc::new(Connection { parties, kind, since, traffic, started });
-        self.pod.table().open.insert(self.id, Arc::clone(&self.connection));
+        self.connection = Arc::new(Connection {
+            parties: Parties { server, endpoint: Some(endpoint), ..parties.clone() },
+            kind,
+            since: *since,
+            traffic: Traffic::default(),
+            started: *started,
+            kill: kill.clone(),
+            revoked: OnceLock::new(),
+        });
+        let mut table = self.pod.table();
+        let before = table.open.insert(self.id, Arc::clone(&self.connection));
+        if before.is_some_and(|before| before.kind != kind) {
+            table.totals[self.connection.parties.direction as usize][kind as usize].opened += 1;
+        }
     }
 
     /// The connection has ended, like this. Without this call its task was aborted: by un-enrolment,
@@ -339,7 +390,9 @@ impl ConnectionGuard {
 impl Drop for ConnectionGuard {
     fn drop(&mut self) {
         self.pod.close(self.id);
-        access::log_finished(&self.connection, self.end.as_deref().unwrap_or("aborted"));
+        let revoked = self.connection.revoked.get();
+        let end = revoked.or(self.end.as_ref()).map_or("aborted", String::as_str);
+        access::log_finished(&self.connection, end);
     }
 }
 

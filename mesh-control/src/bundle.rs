@@ -6,15 +6,14 @@ use rustls::pki_types::{CertificateDer, pem::PemObject as _};
 
 use crate::{files::Source, registry::Problem};
 
-/// Puts the CA's own root and the operator's PEM files together. A file with anything wrong in it
-/// is left out whole; the CA's own root is always there.
+/// Puts the CA's own roots and the operator's PEM files together. A file with anything wrong in it
+/// is left out whole; the CA's own roots are always there.
 pub fn assemble(
     trust_domain: &TrustDomain,
-    own_root: &CertificateDer<'static>,
+    own_roots: &[CertificateDer<'static>],
     mut sources: Vec<Source>,
 ) -> (TrustBundle, Vec<Problem>) {
-    let mut bundle =
-        TrustBundle { trust_domain: trust_domain.clone(), roots: vec![own_root.clone()] };
+    let mut bundle = TrustBundle { trust_domain: trust_domain.clone(), roots: own_roots.to_vec() };
     let mut problems = Vec::new();
     sources.sort_by(|a, b| a.file.cmp(&b.file));
     for Source { file, content, .. } in sources {
@@ -75,7 +74,7 @@ mod tests {
             source("text.pem", "-----BEGIN CERTIFICATE-----\n!\n".to_owned()),
         ];
         let td = "mesh.example".parse().unwrap();
-        let (bundle, problems) = assemble(&td, own.der(), sources);
+        let (bundle, problems) = assemble(&td, &[own.der().clone()], sources);
         assert_eq!(bundle.roots, [own.der().clone(), a.der().clone()]);
         let files: Vec<_> = problems.iter().map(|problem| problem.file.as_str()).collect();
         assert_eq!(files, ["empty.pem", "half.pem", "text.pem"]);

@@ -83,7 +83,8 @@ pub struct Issued {
 /// The CA in operation. The issuer is replaced while certificates are issued.
 #[derive(Debug)]
 pub struct Authority {
-    root: CertificateDer<'static>,
+    /// The root of what is issued, then those that are trusted before and after its time.
+    roots: Vec<CertificateDer<'static>>,
     root_validity: Validity,
     issuing: ArcSwap<Issuing>,
     renewal: Option<store::Renewal>,
@@ -91,9 +92,15 @@ pub struct Authority {
 }
 
 impl Authority {
-    /// The root by which the mesh recognises this CA.
-    pub const fn root(&self) -> &CertificateDer<'static> {
-        &self.root
+    /// The root above everything that is issued.
+    pub fn root(&self) -> &CertificateDer<'static> {
+        &self.roots[0]
+    }
+
+    /// The roots by which the mesh recognises this CA: the present one first, then those that
+    /// precede or follow it.
+    pub fn roots(&self) -> &[CertificateDer<'static>] {
+        &self.roots
     }
 
     /// When the root is valid.

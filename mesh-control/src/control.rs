@@ -43,7 +43,7 @@ use crate::{
 #[derive(Debug)]
 pub struct Control {
     config: Config,
-    authority: Authority,
+    authority: ArcSwap<Authority>,
     tokens: Tokens,
     publisher: Publisher,
     /// Serialises what reads the directories and publishes.
@@ -52,7 +52,8 @@ pub struct Control {
     /// Whether the API server has said who is in the mesh. What it said is in the view.
     heard: AtomicBool,
     identity: ArcSwap<Identity>,
-    maintenance: Mutex<Option<String>>,
+    /// Held while the authority or the server's own certificate is replaced.
+    trouble: Mutex<Trouble>,
     /// The agents that are connected.
     pub sessions: Sessions,
     /// The counters.
@@ -85,6 +86,13 @@ pub struct View {
 struct Identity {
     key: Arc<CertifiedKey>,
     renew: SystemTime,
+}
+
+/// What stands between the CA and its next certificate.
+#[derive(Debug, Default)]
+struct Trouble {
+    renewal: Option<String>,
+    secret: Option<String>,
 }
 
 /// Why the operator's request was not done.
@@ -132,10 +140,10 @@ impl Control {
         };
         let metrics = Metrics::default();
         let identity = identity(&authority, &config, &metrics, now)?;
-        let roots = vec![authority.root().clone()];
+        let roots = authority.roots().to_vec();
         let bundle = TrustBundle { trust_domain: config.trust_domain.clone(), roots };
         let control = Self {
-            authority,
+            authority: ArcSwap::from_pointee(authority),
             tokens,
             publisher,
             files: Mutex::new(()),
@@ -150,7 +158,7 @@ impl Control {
             }),
             heard: AtomicBool::new(false),
             identity: ArcSwap::from_pointee(identity),
-            maintenance: Mutex::new(None),
+            trouble: Mutex::default(),
             sessions: Sessions::default(),
             metrics,
             started: now,
@@ -166,8 +174,8 @@ impl Control {
     }
 
     /// The CA.
-    pub const fn authority(&self) -> &Authority {
-        &self.authority
+    pub fn authority(&self) -> Arc<Authority> {
+        self.authority.load_full()
     }
 
     /// The join tokens.
@@ -191,9 +199,14 @@ impl Control {
         Arc::clone(&self.identity.load().key)
     }
 
-    /// What went wrong when certificates were last to be renewed.
-    pub fn maintenance_error(&self) -> Option<String> {
-        self.maintenance.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    /// What keeps the CA from going on, for the operator.
+    pub fn ca_trouble(&self) -> Vec<String> {
+        let trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
+        let renewal = trouble
+            .renewal
+            .iter()
+            .map(|error| format!("the control plane's certificates cannot be renewed: {error}"));
+        renewal.chain(trouble.secret.iter().cloned()).collect()
     }
 
     /// Takes what the API server says for the registry. Blocks on the file system.
@@ -265,8 +278,8 @@ impl Control {
         let service_problems = [service_files.problems.as_slice(), &conflicts].concat();
         let (bundle, bundle_problems) = match files::sources(&bundle_dir, &["pem", "crt"]) {
             Ok(sources) => {
-                let (td, root) = (&self.config.trust_domain, self.authority.root());
-                let (bundle, problems) = bundle::assemble(td, root, sources);
+                let (td, authority) = (&self.config.trust_domain, self.authority.load());
+                let (bundle, problems) = bundle::assemble(td, authority.roots(), sources);
                 (Arc::new(bundle), problems)
             }
             Err(error) => {
@@ -367,7 +380,7 @@ impl Control {
         if ttl < Duration::from_secs(1) || ttl > LONGEST {
             return Err(AdminError::Invalid("the ttl must be at least 1s, at most 30d".to_owned()));
         }
-        let root = Fingerprint::of(self.authority.root());
+        let root = Fingerprint::of(self.authority.load().root());
         let token = JoinToken::new(self.config.trust_domain.clone(), node, root, rand::random())
             .map_err(|error| AdminError::Invalid(error.to_string()))?;
         self.tokens
@@ -448,7 +461,7 @@ impl Control {
         lifetime: Duration,
         now: SystemTime,
     ) -> Result<Issued, Refusal> {
-        let issued = self.authority.issue(subject, key, lifetime, now)?;
+        let issued = self.authority.load().issue(subject, key, lifetime, now)?;
         self.metrics.issued(Kind::of(&subject.id));
         let pod = subject.pod.as_ref().map(|pod| pod.uid.as_str());
         let not_after = time::OffsetDateTime::from(issued.leaf.not_after);
@@ -480,12 +493,35 @@ impl Control {
         Ok((node.clone(), leaf))
     }
 
+    /// Issues by another CA from now on, and trusts its roots. Blocks on the file system.
+    ///
+    /// # Errors
+    ///
+    /// Any [`CaError`] of making the server's own certificate; the CA is then the one before.
+    pub fn set_authority(&self, authority: Authority, now: SystemTime) -> Result<(), CaError> {
+        {
+            let _one_at_a_time = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
+            let identity = identity(&authority, &self.config, &self.metrics, now)?;
+            self.authority.store(Arc::new(authority));
+            self.identity.store(Arc::new(identity));
+        }
+        self.reload();
+        Ok(())
+    }
+
+    /// Notes what is wrong with the Secret of the CA, or that nothing is.
+    pub fn set_secret_trouble(&self, trouble: Option<String>) {
+        self.trouble.lock().unwrap_or_else(PoisonError::into_inner).secret = trouble;
+    }
+
     /// Renews what is past half of its life: the issuing CA, and the server's own certificate.
     /// Returns when to do it again.
     pub fn maintain(&self, now: SystemTime) -> SystemTime {
-        let result = self.authority.renew(now).and_then(|_| {
+        let mut trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
+        let authority = self.authority.load();
+        let result = authority.renew(now).and_then(|_| {
             if now >= self.identity.load().renew {
-                let identity = identity(&self.authority, &self.config, &self.metrics, now)?;
+                let identity = identity(&authority, &self.config, &self.metrics, now)?;
                 self.identity.store(Arc::new(identity));
             }
             Ok(())
@@ -493,14 +529,9 @@ impl Control {
         if let Err(error) = &result {
             tracing::error!(%error, "renewing the control plane's certificates failed");
         }
-        *self.maintenance.lock().unwrap_or_else(PoisonError::into_inner) =
-            result.err().map(|error| error.to_string());
+        trouble.renewal = result.err().map(|error| error.to_string());
         let due = self.identity.load().renew;
-        if self.authority.renews_itself() {
-            due.min(self.authority.issuer_validity().half())
-        } else {
-            due
-        }
+        if authority.renews_itself() { due.min(authority.issuer_validity().half()) } else { due }
     }
 }
 

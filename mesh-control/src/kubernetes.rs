@@ -1,12 +1,14 @@
 //! The control plane on Kubernetes: the API server says which pods there are, who an agent is and
 //! where the CA's key is kept.
 //!
-//! Replicas know nothing of each other: each watches on its own, and any can sign.
+//! Replicas know nothing of each other: each watches on its own, and any can sign. Nothing needs a
+//! leader: what only one of them may do is a write that fails if another one was first.
 
 pub mod attest;
 pub mod cluster;
 pub mod preflight;
 pub mod registry;
+pub mod rotation;
 pub mod secret;
 pub mod services;
 

@@ -17,7 +17,7 @@ use crate::{
     config::Config,
     control::Control,
     files, http,
-    kubernetes::{self, attest::Attestor, cluster::Cluster, secret},
+    kubernetes::{self, attest::Attestor, cluster::Cluster, secret::CaSecret},
     server, watch,
 };
 
@@ -43,13 +43,17 @@ pub async fn run(mut config: Config) -> anyhow::Result<()> {
     let api = match config.kubernetes.clone() {
         Some(kubernetes) => {
             let client = kube::Client::try_default().await.context("finding the API server")?;
-            if config.ca.is_none() {
-                secret::install(&client, &kubernetes, &mut config, now).await?;
-            }
             Some((client, kubernetes))
         }
         None => None,
     };
+    let ca = api
+        .clone()
+        .filter(|_| config.ca.is_none())
+        .map(|(client, kubernetes)| CaSecret::new(client, kubernetes, config.clone()));
+    if let Some(ca) = &ca {
+        config = ca.install(now).await?;
+    }
     let control = Arc::new(Control::open(config, now)?);
     let config = control.config();
     let shutdown = CancellationToken::new();
@@ -76,6 +80,10 @@ pub async fn run(mut config: Config) -> anyhow::Result<()> {
         }
         kubernetes::update(&control, &cluster).await;
         tokio::spawn(kubernetes::follow(Arc::clone(&control), cluster));
+        if let Some(ca) = ca {
+            let control = Arc::clone(&control);
+            tokio::spawn(async move { ca.follow(&control).await });
+        }
         let publish = kubernetes::publish_roots;
         tokio::spawn(publish(client.clone(), kubernetes.clone(), Arc::clone(&control)));
     }

@@ -103,11 +103,7 @@ pub fn gather(control: &Control, now: SystemTime) -> Status {
     let mut degraded = Vec::new();
     degraded.extend(ending("the root", root, 10, now));
     degraded.extend(ending("the issuing CA", issuer, 4, now));
-    degraded.extend(
-        control
-            .maintenance_error()
-            .map(|error| format!("the control plane's certificates cannot be renewed: {error}")),
-    );
+    degraded.extend(control.ca_trouble());
     let problems = view.unreadable.iter().chain(view.registry.problems());
     let problems = problems.chain(&view.service_problems).chain(&view.bundle_problems);
     degraded.extend(problems.map(Problem::to_string));

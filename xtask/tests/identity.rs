@@ -3,7 +3,8 @@
 #[path = "support/thief.rs"]
 mod thief;
 
-use std::io::{Read as _, Write as _};
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -123,6 +124,42 @@ fn deregistered_pods_are_refused() -> Result<()> {
         mesh.wait_synced()?;
         expect_refusal(&client, to, canary.bytes()).context(title)?;
         wire.stop()?.expect_absent(&canary)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn open_connections_of_deregistered_pods_are_cut() -> Result<()> {
+    for (title, client_goes) in [("cut_with_the_client", true), ("cut_with_the_server", false)] {
+        let mut mesh = Mesh::new(title)?;
+        let (client, server) = (mesh.pod(0, "client")?, mesh.pod(1, "server")?);
+        let (other, stays) = (mesh.pod(0, "other")?, mesh.pod(1, "stays")?);
+        let _echoes = (server.echo(PORT)?, stays.echo(PORT)?);
+        let say = |connection: &mut TcpStream| -> Result<()> {
+            let mut answer = [0];
+            connection.write_all(&[7])?;
+            connection.read_exact(&mut answer)?;
+            ensure!(answer == [7], "it answers {answer:?}");
+            Ok(())
+        };
+        let mut cut = client.connect(server.sockets(PORT)[0])?;
+        let mut kept = other.connect(stays.sockets(PORT)[0])?;
+        say(&mut cut)?;
+        say(&mut kept)?;
+
+        mesh.control.deregister(if client_goes { &client } else { &server })?;
+        let end = cut.read(&mut [0]).map_err(|error| error.kind());
+        ensure!(end == Err(ErrorKind::ConnectionReset), "{title}: {end:?}");
+        say(&mut kept).context("of pods that stay")?;
+        // By one agent at least: where the other one was first, the tunnel has told of it.
+        let revoked = || -> Result<u64> {
+            let counts = mesh.agents.iter().map(|agent| {
+                let status = agent.status()?;
+                Ok(pods(&status).filter_map(|pod| pod["revoked"].as_u64()).sum::<u64>())
+            });
+            counts.sum()
+        };
+        until("the cut to be counted", || revoked().is_ok_and(|count| count > 0).then_some(()))?;
     }
     Ok(())
 }

@@ -12,7 +12,7 @@ use xtask::lab::compare::{PORT, as_without_mesh, expect_end, expect_reset, pair}
 use xtask::lab::mesh::Settings;
 use xtask::lab::topology::OUTSIDE_ADDRESSES;
 use xtask::lab::traffic::{accept, canonical, exchange, expect_refusal, reset_on_close};
-use xtask::lab::{Canary, Mesh};
+use xtask::lab::{Canary, Mesh, Pod, Recording};
 
 #[test]
 fn both_sides_see_the_real_addresses() -> Result<()> {
@@ -244,27 +244,44 @@ fn the_wire_carries_tls_1_3_only() -> Result<()> {
     wire.expect_present(&canary)
 }
 
+/// What two pods of one node say to each other, as the second one's device sees it.
+fn between(mesh: &Mesh, pods: &[Pod; 2]) -> Result<(Recording, Canary)> {
+    let _echo = pods[1].echo(PORT)?;
+    let canary = Canary::random();
+    let capture = mesh.lab.capture_pod(&pods[1])?;
+    for address in pods[1].sockets(PORT) {
+        exchange(pods[0].connect(address)?, canary.bytes())?;
+    }
+    Ok((capture.stop()?, canary))
+}
+
 #[test]
-fn pods_of_one_node_are_encrypted_too() -> Result<()> {
-    let mut mesh = Mesh::new("pods_of_one_node_are_encrypted_too")?;
+fn pods_of_one_node_share_no_wire() -> Result<()> {
+    let mut mesh = Mesh::with("pods_of_one_node_share_no_wire", 1, Settings::default())?;
     let plain = [mesh.plain_pod(0, "plain1")?, mesh.plain_pod(0, "plain2")?];
     let meshed = [mesh.pod(0, "meshed1")?, mesh.pod(0, "meshed2")?];
-    for (pods, in_the_clear) in [(&plain, true), (&meshed, false)] {
-        let _echo = pods[1].echo(PORT)?;
-        let canary = Canary::random();
-        let between = mesh.lab.capture_pod(&pods[1])?;
-        for address in pods[1].sockets(PORT) {
-            exchange(pods[0].connect(address)?, canary.bytes())?;
-        }
-        let recording = between.stop()?;
-        if in_the_clear {
-            recording.expect_present(&canary)?;
-        } else {
-            recording.expect_absent(&canary)?;
-            recording.expect_tls13(|_| true)?;
-        }
-    }
-    Ok(())
+    let (recording, canary) = between(&mesh, &plain)?;
+    recording.expect_present(&canary)?;
+    let (recording, canary) = between(&mesh, &meshed)?;
+    recording.expect_absent(&canary)?;
+    ensure!(recording.segments().next().is_none(), "TCP passed the device of a pod");
+    // Each is counted by both pods, once for each family.
+    let [local, mtls] = ["local", "mtls"].map(|kind| mesh.opened(0, kind));
+    ensure!((local?, mtls?) == (4, 0), "the connections were carried in another way");
+
+    mesh.control.deregister(&meshed[0])?;
+    mesh.wait_synced()?;
+    expect_refusal(&meshed[0], meshed[1].sockets(PORT)[0], canary.bytes())
+}
+
+#[test]
+fn pods_of_one_node_may_be_encrypted_too() -> Result<()> {
+    let settings = Settings { agent: "encrypt_same_node: true", ..Settings::default() };
+    let mut mesh = Mesh::with("pods_of_one_node_may_be_encrypted_too", 1, settings)?;
+    let meshed = [mesh.pod(0, "meshed1")?, mesh.pod(0, "meshed2")?];
+    let (recording, canary) = between(&mesh, &meshed)?;
+    recording.expect_absent(&canary)?;
+    recording.expect_tls13(|_| true)
 }
 
 #[test]

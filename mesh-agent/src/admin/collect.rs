@@ -181,6 +181,7 @@ impl Admin {
             idle_tunnels: facts.idle_tunnels,
             repairs: facts.repairs,
             aborted: facts.aborted,
+            revoked: stats.revoked().into_iter().map(|(_, count)| count).sum(),
         }
     }
 }

@@ -239,7 +239,10 @@ impl Metrics {
         family(encoder, ("repairs", None), help, repairs)?;
         let aborted = pods.iter().map(|pod| (labels(pod, []), ConstCounter::new(pod.aborted)));
         let help = "Connections from before the enrolment that were aborted";
-        family(encoder, ("connections_aborted", None), help, aborted)
+        family(encoder, ("connections_aborted", None), help, aborted)?;
+        let revoked = pods.iter().map(|pod| (labels(pod, []), ConstCounter::new(pod.revoked)));
+        let help = "Connections that were ended because they were no longer allowed";
+        family(encoder, ("connections_revoked", None), help, revoked)
     }
 }
 

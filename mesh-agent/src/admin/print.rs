@@ -67,6 +67,7 @@ pub fn print_pods(status: &Status, style: Style) -> String {
         "CERTIFICATE",
         "GUARD",
         "MTLS",
+        "LOCAL",
         "PLAINTEXT",
         "DENIED",
         "SENT",
@@ -97,6 +98,7 @@ pub fn print_pods(status: &Status, style: Style) -> String {
             certificate,
             guard,
             open_and_total(pod, "mtls"),
+            open_and_total(pod, "local"),
             open_and_total(pod, "plaintext"),
             pod.denied.iter().map(|denied| denied.count).sum::<u64>().to_string(),
             bytes(sent),
@@ -240,8 +242,9 @@ fn pod_block(pod: &Pod, now: OffsetDateTime, style: Style) -> String {
     fact(
         "connections",
         format!(
-            "mtls {}, plaintext {} (open/total), denied {}",
+            "mtls {}, local {}, plaintext {} (open/total), denied {}",
             open_and_total(pod, "mtls"),
+            open_and_total(pod, "local"),
             open_and_total(pod, "plaintext"),
             sum_by_reason(denied)
         ),
@@ -260,7 +263,9 @@ fn pod_block(pod: &Pod, now: OffsetDateTime, style: Style) -> String {
         .collect();
     fact("udp", format!("{:?}, {} datagrams left", pod.udp, pod.datagrams).to_lowercase());
     fact("drops", if drops.is_empty() { "none".to_owned() } else { drops.join(", ") });
-    fact("repairs", format!("{}; {} connections aborted at enrolment", pod.repairs, pod.aborted));
+    let (aborted, revoked) = (pod.aborted, pod.revoked);
+    fact("cut", format!("{aborted} connections at enrolment, {revoked} no longer allowed"));
+    fact("repairs", pod.repairs.to_string());
     format!(
         "pod {} ({}) at {}\n{}",
         style.strong(&clean(pod.label())),

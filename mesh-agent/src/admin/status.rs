@@ -155,6 +155,8 @@ pub struct Pod {
     pub repairs: u64,
     /// Connections from before the enrolment that were aborted.
     pub aborted: u64,
+    /// Connections that were ended because they were no longer allowed.
+    pub revoked: u64,
 }
 
 impl Pod {
@@ -180,7 +182,7 @@ pub struct GuardLayer {
 pub struct Connections {
     /// `outbound` or `inbound`.
     pub direction: String,
-    /// `mtls` or `plaintext`.
+    /// `mtls`, `local` or `plaintext`.
     pub kind: String,
     /// Open now.
     pub open: u64,
@@ -279,7 +281,7 @@ pub struct OpenConnection {
     pub pod: String,
     /// `outbound` or `inbound`.
     pub direction: String,
-    /// `mtls` or `plaintext`.
+    /// `mtls`, `local` or `plaintext`.
     pub kind: String,
     /// Who opened it.
     pub client: Party,
@@ -364,6 +366,7 @@ pub(super) mod tests {
             idle_tunnels: 1,
             repairs: 0,
             aborted: 4,
+            revoked: 2,
         };
         Status {
             schema: SCHEMA,

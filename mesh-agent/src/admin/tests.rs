@@ -14,6 +14,7 @@ use tokio::{
     sync::{mpsc, watch},
     time::timeout,
 };
+use tokio_util::sync::CancellationToken;
 
 use super::{status::Program, *};
 use crate::{
@@ -119,7 +120,8 @@ async fn the_status_says_who_is_connected_to_whom() {
         endpoint: None,
         trace: Some(TraceId([1; 16])),
     };
-    let guard = fixture.stats.pod("u1").open(parties, Kind::Plaintext).unwrap();
+    let guard =
+        fixture.stats.pod("u1").open(parties, Kind::Plaintext, &CancellationToken::new()).unwrap();
     guard.traffic().set(7, 9);
 
     let client = Client::new(&fixture.socket);

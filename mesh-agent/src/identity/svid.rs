@@ -196,6 +196,26 @@ impl Svid {
         verifier.verify(chain, Usage::Client, unix(now))
     }
 
+    /// Proves two pods of this node to each other, `self` being the client: what a handshake between
+    /// them would.
+    ///
+    /// # Errors
+    ///
+    /// The first reason to refuse either.
+    pub fn vouch(&self, server: &Self, now: SystemTime) -> Result<(), SvidError> {
+        let first = self.leaf.not_after.min(server.leaf.not_after);
+        if now >= first {
+            return Err(SvidError::Expired(first));
+        }
+        // Each was judged by its own bundle when it was made ready for use.
+        if !Arc::ptr_eq(&self.bundle, &server.bundle) {
+            server.trusts(&self.key.cert, now)?;
+            let verifier = PeerVerifier::new(Arc::clone(&self.bundle), Kind::Workload);
+            verifier.verify(&server.key.cert, Usage::Server, unix(now))?;
+        }
+        Ok(())
+    }
+
     /// How long it is still valid. Zero once it has expired.
     pub fn remaining(&self, now: SystemTime) -> Duration {
         self.leaf.not_after.duration_since(now).unwrap_or_default()

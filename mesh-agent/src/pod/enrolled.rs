@@ -94,6 +94,11 @@ impl PodState {
         lock(&self.guarded).clone()
     }
 
+    /// Whether the pod has an address at present.
+    pub fn has_address(&self, address: IpAddr) -> bool {
+        lock(&self.guarded).inventory.addresses.contains(&address)
+    }
+
     /// Has the pod's namespace looked at, because something may have changed in it.
     pub fn wake(&self) {
         self.wake.notify_one();
@@ -211,6 +216,9 @@ impl Enrolled {
         });
         keeper.check()?;
         let tasks = tasks(&keeper, &proxy, changes, outbound, inbound);
+        if !node.config.encrypt_same_node {
+            node.neighbours.insert(&proxy, &state);
+        }
         Ok(Self { spec, state, keeper, proxy, tasks })
     }
 
@@ -243,6 +251,7 @@ impl Enrolled {
     pub(super) async fn close(self, node: &Node) -> Arc<Routing> {
         let Self { state, proxy, tasks, keeper, spec } = self;
         state.listening.store(false, Ordering::Relaxed);
+        node.neighbours.remove(&spec.uid);
         drop(tasks);
         proxy.kill.cancel();
         proxy.tasks.close();
@@ -280,6 +289,7 @@ fn tasks(
     vec![
         AbortOnDropHandle::new(tokio::spawn(Arc::clone(keeper).run(changes))),
         AbortOnDropHandle::new(tokio::spawn(purge)),
+        AbortOnDropHandle::new(tokio::spawn(Arc::clone(proxy).revise())),
         AbortOnDropHandle::new(tokio::spawn(
             Arc::clone(proxy).serve(outbound, Facing::Application),
         )),
@@ -401,6 +411,7 @@ impl Node {
             registry: self.identity.snapshots(),
             policy: Arc::clone(&self.policy),
             balancer: Arc::clone(&self.balancer),
+            neighbours: Arc::clone(&self.neighbours),
             stats: self.stats.pod(uid),
             warned: Mutex::new(None),
             pool: self.pool.clone(),

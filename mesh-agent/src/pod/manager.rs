@@ -31,7 +31,7 @@ use crate::{
     config::Config,
     identity::{Identity, Snapshot},
     policy::Policy,
-    proxy::{ClientStream, registration},
+    proxy::{ClientStream, Neighbours, registration},
     stats::Stats,
     tunnel::{
         Pool,
@@ -56,6 +56,8 @@ pub struct Node {
     pub policy: Arc<Policy>,
     /// Which endpoint of a service a connection goes to.
     pub balancer: Arc<Balancer>,
+    /// Pods of this node that need no tunnel to each other.
+    pub neighbours: Arc<Neighbours>,
     /// The eBPF side.
     pub datapath: Arc<Datapath>,
     /// Who is who.

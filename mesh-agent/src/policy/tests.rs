@@ -264,3 +264,53 @@ fn reasons_are_numbered_and_named_apart() {
     let names: std::collections::HashSet<_> = DenyReason::ALL.map(DenyReason::name).into();
     assert_eq!(names.len(), DenyReason::ALL.len());
 }
+
+fn revise(open: &Open<'_>) -> Result<(), Revocation> {
+    policy(Egress::Allow).revise(CLIENT, open, registry())
+}
+
+#[test]
+fn an_open_connection_goes_on_while_it_would_be_let_through_to_the_same_peer() {
+    let registered = |uid: &str| registry().by_uid(uid).unwrap().as_ref().clone();
+    let (server, far) = (registered(SERVER), registered(FAR));
+    let other_name = Workload { id: far.id.clone(), ..server.clone() };
+    let source = ip("10.1.0.1");
+    let denied = |reason| Err(Revocation::Denied(reason));
+    for (destination, peer, expected) in [
+        ("10.1.0.2", Some(&server), Ok(())),
+        ("fd00::2", Some(&server), Ok(())),
+        ("10.1.0.2", Some(&far), Err(Revocation::OtherPeer)),
+        ("10.1.0.2", Some(&other_name), Err(Revocation::OtherPeer)),
+        ("10.1.0.2", None, Err(Revocation::OtherPeer)),
+        ("10.1.0.9", Some(&server), denied(DenyReason::UnknownInCluster)),
+        ("198.51.100.1", Some(&server), Err(Revocation::PeerLeft)),
+        ("198.51.100.1", None, Ok(())),
+    ] {
+        let destination = SocketAddr::new(ip(destination), 80);
+        let open = Open::Outbound { source, destination, peer };
+        assert_eq!(revise(&open), expected, "{open:?}");
+    }
+    let elsewhere = Open::Outbound {
+        source: ip("10.1.0.9"),
+        destination: "10.1.0.2:80".parse().unwrap(),
+        peer: Some(&server),
+    };
+    assert_eq!(revise(&elsewhere), denied(DenyReason::SourceAddress));
+    let gone = Workload { uid: "gone".to_owned(), ..server.clone() };
+    for (source, port, peer, expected) in [
+        ("10.1.0.2", 80, Some(&server), Ok(())),
+        ("10.1.0.7", 80, Some(&server), denied(DenyReason::SourceAddress)),
+        ("10.1.0.2", 80, Some(&gone), denied(DenyReason::UnregisteredPeer)),
+        ("10.1.0.2", 80, Some(&other_name), denied(DenyReason::IdentityMismatch)),
+        ("10.9.0.1", 8080, None, Ok(())),
+        ("10.9.0.1", 8081, None, denied(DenyReason::PlaintextRefused)),
+        ("10.1.0.1", 8080, None, denied(DenyReason::PlaintextRefused)),
+    ] {
+        let open = Open::Inbound { source: ip(source), port, peer };
+        assert_eq!(revise(&open), expected, "{open:?}");
+    }
+    let unregistered = policy(Egress::Allow);
+    let open = Open::Inbound { source: ip("10.1.0.2"), port: 80, peer: Some(&server) };
+    let revised = unregistered.revise("nobody", &open, registry());
+    assert_eq!(revised, denied(DenyReason::UnregisteredPod));
+}

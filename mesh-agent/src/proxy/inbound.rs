@@ -14,6 +14,7 @@ use tokio::{
     time::{Instant, sleep_until, timeout, timeout_at},
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tokio_util::sync::CancellationToken;
 
 use super::{PodProxy, arrival, outbound::patient, peer, peer::Failed, reset, reusable_until};
 use crate::{
@@ -41,6 +42,7 @@ pub(super) async fn connection(
     stream: TcpStream,
     client: SocketAddr,
     destination: SocketAddr,
+    kill: &CancellationToken,
 ) {
     let registry = pod.registry();
     let source = client.ip();
@@ -52,12 +54,12 @@ pub(super) async fn connection(
         trace: None,
     };
     match pod.policy.ingress_plaintext(source, &pod.uid, destination.port(), &registry) {
-        Verdict::Plaintext(_) => plaintext(pod, stream, parties).await,
+        Verdict::Plaintext(_) => plaintext(pod, stream, parties, kill).await,
         Verdict::Deny(reason) if !may_prove_itself(pod, source, reason, &parties) => {
             pod.stats.deny(&parties, reason);
             reset(&stream);
         }
-        Verdict::Deny(_) | Verdict::Mesh(_) => match handshake(pod, stream, source).await {
+        Verdict::Deny(_) | Verdict::Mesh(_) => match handshake(pod, stream, source, kill).await {
             Ok((tunnel, header)) => tunnel.serve(header, client, destination).await,
             Err(failed) => {
                 pod.no_tunnel(Direction::Inbound, client, &failed);
@@ -76,9 +78,9 @@ fn may_prove_itself(pod: &PodProxy, source: IpAddr, reason: DenyReason, parties:
     parties.client.workload.is_some() || is_unknown
 }
 
-async fn plaintext(pod: &PodProxy, stream: TcpStream, parties: Parties) {
+async fn plaintext(pod: &PodProxy, stream: TcpStream, parties: Parties, kill: &CancellationToken) {
     let (client, destination) = (parties.client.address, parties.server.address);
-    let Ok(guard) = pod.stats.open(parties, Kind::Plaintext) else { return reset(&stream) };
+    let Ok(guard) = pod.stats.open(parties, Kind::Plaintext, kill) else { return reset(&stream) };
     let dial = async {
         pod.sockets.allow_plaintext(&stream)?;
         let app = pod.sockets.dial_application_in_plaintext(client.ip(), destination).await?;
@@ -86,7 +88,7 @@ async fn plaintext(pod: &PodProxy, stream: TcpStream, parties: Parties) {
     };
     match patient(pod.timeouts.dial, dial).await {
         Ok((client, app)) => {
-            let end = relay_plain(client, app, guard.traffic()).await;
+            let end = relay_plain(client, app, &[guard.traffic()]).await;
             guard.finish(end);
         }
         Err(error) => guard.finish(format_args!("cannot connect to the application: {error}")),
@@ -100,15 +102,18 @@ struct Tunnel<'a> {
     client: Leaf,
     /// The certificate that this pod has shown.
     svid: Arc<Svid>,
+    /// Ends the tunnel.
+    kill: &'a CancellationToken,
 }
 
 /// A tunnel whose client has proven who it is and wants a first connection, all of it within
 /// `timeouts.handshake`.
-async fn handshake(
-    pod: &PodProxy,
+async fn handshake<'a>(
+    pod: &'a PodProxy,
     stream: TcpStream,
     source: IpAddr,
-) -> Result<(Tunnel<'_>, Header), Failed> {
+    kill: &'a CancellationToken,
+) -> Result<(Tunnel<'a>, Header), Failed> {
     let place = pod.arriving.enter(source);
     if place.is_crowded() {
         reset(&stream);
@@ -130,7 +135,7 @@ async fn handshake(
         let stream = accept.await.map_err(|error| Failed::tls(&error))?;
         let client = peer::leaf(stream.get_ref().1)?;
         pod.stats.handshake(Direction::Inbound);
-        Ok(Tunnel { pod, stream, client, svid })
+        Ok(Tunnel { pod, stream, client, svid, kill })
     };
     let mut tunnel = timeout_at(deadline, proven).await.map_err(late)??;
     let opened = timeout_at(deadline, server::next_open(&mut tunnel.stream)).await.map_err(late)?;
@@ -204,7 +209,7 @@ impl Tunnel<'_> {
                 return server::refuse(&mut self.stream, refusal).await;
             }
         };
-        let Ok(guard) = self.pod.stats.open(parties, Kind::Mtls) else {
+        let Ok(guard) = self.pod.stats.open(parties, Kind::Mtls, self.kill) else {
             let refusal = Refusal::new(Reason::Overloaded, "too many connections of this pod");
             return server::refuse(&mut self.stream, refusal).await;
         };
@@ -257,7 +262,7 @@ impl Tunnel<'_> {
 
     /// Whether what both sides have proven in the handshake still holds.
     fn check_proof(&self) -> Result<(), String> {
-        let Self { pod, stream, client, svid } = self;
+        let Self { pod, stream, client, svid, .. } = self;
         let now = SystemTime::now();
         if now >= client.not_after.min(svid.leaf.not_after) {
             return Err("a certificate of this tunnel has expired".to_owned());

@@ -6,6 +6,7 @@
 mod admission;
 mod arrival;
 mod inbound;
+mod neighbour;
 mod outbound;
 mod peer;
 mod route;
@@ -29,14 +30,15 @@ use tokio_rustls::client::TlsStream;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub(crate) use self::admission::Admission;
+pub use self::neighbour::Neighbours;
 use self::peer::Failed;
 use crate::{
     balance::Balancer,
     config::Timeouts,
     identity::{Snapshot, Svid, Workload},
     pod::sockets::{Facing, PodSockets},
-    policy::Policy,
-    stats::{Direction, HandshakeFailure, PodStats},
+    policy::{Open, Policy},
+    stats::{Connection, Direction, HandshakeFailure, Kind, Parties, PodStats},
     tunnel::{AppSocket, Pool, ReadAhead},
 };
 
@@ -74,6 +76,8 @@ pub struct PodProxy {
     pub policy: Arc<Policy>,
     /// Which endpoint of a service a connection goes to.
     pub balancer: Arc<Balancer>,
+    /// The pods that need no tunnel.
+    pub neighbours: Arc<Neighbours>,
     /// The pod's counts.
     pub stats: Arc<PodStats>,
     /// When a failure of one of the pod's tunnels was last logged as a warning.
@@ -121,12 +125,12 @@ impl PodProxy {
                 Ok((stream, client)) => {
                     let proxy = Arc::clone(&self);
                     self.tasks.spawn(async move {
-                        let kill = proxy.kill.clone();
+                        let kill = proxy.kill.child_token();
                         // Dropping a connection resets it.
                         tokio::select! {
                             biased;
                             () = kill.cancelled() => {}
-                            () = proxy.connection(stream, client, facing) => {}
+                            () = proxy.connection(stream, client, facing, &kill) => {}
                         }
                     });
                 }
@@ -140,15 +144,34 @@ impl PodProxy {
         }
     }
 
-    async fn connection(self: Arc<Self>, stream: TcpStream, client: SocketAddr, facing: Facing) {
+    /// Ends what is open and no longer allowed, whenever the registry changes.
+    pub async fn revise(self: Arc<Self>) {
+        let mut registry = self.registry.clone();
+        while registry.changed().await.is_ok() {
+            let registry = Arc::clone(&registry.borrow_and_update());
+            self.stats.revise(|connection| {
+                let open = as_policy_sees_it(connection);
+                let revised = self.policy.revise(&self.uid, &open, &registry);
+                revised.map_err(|why| why.to_string())
+            });
+        }
+    }
+
+    async fn connection(
+        self: Arc<Self>,
+        stream: TcpStream,
+        client: SocketAddr,
+        facing: Facing,
+        kill: &CancellationToken,
+    ) {
         let Ok(destination) = stream.local_addr() else { return };
         let (client, destination) = (canonical(client), canonical(destination));
         match facing {
             Facing::Application => match AppSocket::new(stream) {
-                Ok(app) => outbound::connection(&self, app, client, destination).await,
+                Ok(app) => outbound::connection(&self, app, client, destination, kill).await,
                 Err(error) => tracing::debug!(%error, %client, "the application is gone already"),
             },
-            Facing::Network => inbound::connection(&self, stream, client, destination).await,
+            Facing::Network => inbound::connection(&self, stream, client, destination, kill).await,
         }
     }
 
@@ -178,6 +201,23 @@ impl PodProxy {
         let waited =
             tokio::time::timeout(self.timeouts.handshake, svid.wait_for(Option::is_some)).await;
         waited.ok()?.ok()?.clone()
+    }
+}
+
+fn as_policy_sees_it(connection: &Connection) -> Open<'_> {
+    let Parties { direction, client, server, endpoint, .. } = &connection.parties;
+    let source = client.address.ip();
+    let in_mesh = connection.kind != Kind::Plaintext;
+    match direction {
+        Direction::Outbound => {
+            let destination = endpoint.unwrap_or(server.address);
+            let peer = server.workload.as_deref().filter(|_| in_mesh);
+            Open::Outbound { source, destination, peer }
+        }
+        Direction::Inbound => {
+            let peer = client.workload.as_deref().filter(|_| in_mesh);
+            Open::Inbound { source, port: server.address.port(), peer }
+        }
     }
 }
 

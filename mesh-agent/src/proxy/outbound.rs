@@ -5,9 +5,12 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 use rustls::pki_types::ServerName;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
+use tokio_util::sync::CancellationToken;
 
 use super::{
-    ClientStream, PodProxy, TURN_PATIENCE, arrival, peer,
+    ClientStream, PodProxy, TURN_PATIENCE, arrival,
+    neighbour::Crossing,
+    peer,
     peer::Failed,
     registration, reusable_until,
     route::{Denied, Route, Way},
@@ -15,7 +18,7 @@ use super::{
 use crate::{
     bpf::Tag,
     identity::{Svid, Workload},
-    stats::{Direction, HandshakeFailure, Kind, Parties, Party},
+    stats::{Direction, HandshakeFailure, Parties, Party},
     tunnel::{
         AppSocket, End, Header, ReadAhead, Reason, Role, TraceId, Traffic,
         pool::{Key, Proof, Tunnel},
@@ -28,6 +31,7 @@ pub(super) async fn connection(
     mut app: AppSocket,
     client: SocketAddr,
     destination: SocketAddr,
+    kill: &CancellationToken,
 ) {
     arrival::of_own(&pod.registry, &pod.uid, client.ip()).await;
     let trace = TraceId(rand::random());
@@ -48,12 +52,17 @@ pub(super) async fn connection(
     };
     parties.endpoint = hop.endpoint();
     parties.server.workload = hop.server().cloned();
-    parties.trace = (hop.kind() == Kind::Mtls).then_some(trace);
-    let Ok(mut guard) = pod.stats.open(parties, hop.kind()) else { return };
+    parties.trace = hop.is_in_mesh().then_some(trace);
+    let Ok(mut guard) = pod.stats.open(parties, hop.kind(), kill) else { return };
     let header = Header::new(client, trace);
     loop {
         let Ended { why, untouched } = match &hop.way {
             Way::Plaintext => plaintext(pod, app, client, hop.address, guard.traffic()).await,
+            Way::Neighbour { neighbour, server } => {
+                let address = hop.address;
+                let crossing = Crossing { pod, client, address, server, neighbour, trace, kill };
+                crossing.carry(app, guard.traffic()).await
+            }
             Way::Mesh { own, server } => {
                 let role = if hop.replaceable {
                     Role::PatientClient(header)
@@ -68,18 +77,27 @@ pub(super) async fn connection(
         let Some((again, next)) = next else { return guard.finish(why) };
         let (from, to) = (hop.address, next.address);
         tracing::debug!(%client, %destination, %from, %to, why, "passed on to another endpoint");
-        guard.pass_to(next.address, next.server().cloned());
+        guard.pass_to(next.address, next.server().cloned(), next.kind());
         (app, hop) = (again, next);
     }
 }
 
 /// How it went with one server.
-struct Ended {
+pub(super) struct Ended {
     /// In words.
-    why: String,
+    pub(super) why: String,
     /// The application as it was, if another server can still take the connection. Dropped, it sees
     /// a reset.
-    untouched: Option<AppSocket>,
+    pub(super) untouched: Option<AppSocket>,
+}
+
+impl Ended {
+    /// The two pods have not proven to each other who they are.
+    pub(super) fn unproven(failed: &Failed, app: AppSocket) -> Self {
+        // Without a certificate of its own, the pod gets nowhere else either.
+        let elsewhere = failed.kind != HandshakeFailure::NoCertificate;
+        Self { why: failed.to_string(), untouched: elsewhere.then_some(app) }
+    }
 }
 
 async fn plaintext(
@@ -92,7 +110,7 @@ async fn plaintext(
     let dial = pod.sockets.dial_network(client.ip(), address, Tag::Plaintext);
     match patient(pod.timeouts.dial, dial).await.and_then(AppSocket::new) {
         Ok(server) => {
-            let end = relay_plain(app, server, traffic).await;
+            let end = relay_plain(app, server, &[traffic]).await;
             Ended { why: end.to_string(), untouched: None }
         }
         Err(error) => Ended { why: format!("cannot connect: {error}"), untouched: Some(app) },
@@ -116,10 +134,7 @@ impl Mesh<'_> {
                 Ok(found) => found,
                 Err(failed) => {
                     self.pod.no_tunnel(Direction::Outbound, self.address, &failed);
-                    // Without a certificate of its own, the pod gets nowhere else either.
-                    let elsewhere = failed.kind != HandshakeFailure::NoCertificate;
-                    let untouched = elsewhere.then_some(app);
-                    return Ended { why: failed.to_string(), untouched };
+                    return Ended::unproven(&failed, app);
                 }
             };
             let outcome = relay(app, &mut tunnel.stream, role, traffic).await;

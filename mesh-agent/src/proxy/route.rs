@@ -7,7 +7,7 @@ use std::{
     time::Instant,
 };
 
-use super::PodProxy;
+use super::{PodProxy, neighbour::Neighbour};
 use crate::{
     balance::{Chosen, Place, candidates},
     identity::{Found, Snapshot, Workload},
@@ -45,6 +45,13 @@ pub(super) struct Hop {
 pub(super) enum Way {
     /// As it is.
     Plaintext,
+    /// To a pod of the mesh on this node.
+    Neighbour {
+        /// The pod.
+        neighbour: Neighbour,
+        /// As the registry has it.
+        server: Arc<Workload>,
+    },
     /// Through the mesh, from one pod to the other.
     Mesh {
         /// The client's.
@@ -71,14 +78,20 @@ impl Hop {
     pub(super) fn server(&self) -> Option<&Arc<Workload>> {
         match &self.way {
             Way::Plaintext => None,
-            Way::Mesh { server, .. } => Some(server),
+            Way::Neighbour { server, .. } | Way::Mesh { server, .. } => Some(server),
         }
+    }
+
+    /// Whether both ends prove who they are.
+    pub(super) const fn is_in_mesh(&self) -> bool {
+        !matches!(self.way, Way::Plaintext)
     }
 
     /// How it is counted.
     pub(super) const fn kind(&self) -> Kind {
         match self.way {
             Way::Plaintext => Kind::Plaintext,
+            Way::Neighbour { .. } => Kind::Local,
             Way::Mesh { .. } => Kind::Mtls,
         }
     }
@@ -101,8 +114,8 @@ impl<'a> Route<'a> {
         }
     }
 
-    /// Where it goes when `before` failed and nothing was said yet. It is carried in the same way:
-    /// as what it was let through for.
+    /// Where it goes when `before` failed and nothing was said yet: in the mesh or not, as what it was
+    /// let through for.
     pub(super) fn next(&mut self, before: &Hop) -> Option<Hop> {
         if !before.replaceable {
             return None;
@@ -111,7 +124,7 @@ impl<'a> Route<'a> {
         loop {
             let (chosen, others) = self.choose(&registry).ok()??;
             match self.hop(&registry, chosen.address(), Some(chosen), others) {
-                Ok(hop) if hop.kind() == before.kind() => return Some(hop),
+                Ok(hop) if hop.is_in_mesh() == before.is_in_mesh() => return Some(hop),
                 Ok(_) | Err(_) => {}
             }
         }
@@ -162,7 +175,10 @@ impl<'a> Route<'a> {
             Verdict::Deny(reason) => return denied(reason),
             Verdict::Plaintext(_) => Way::Plaintext,
             Verdict::Mesh(server) => match registry.by_uid(&pod.uid) {
-                Some(own) => Way::Mesh { own: Arc::clone(own), server },
+                Some(own) => match pod.neighbours.find(&server, address.ip()) {
+                    Some(neighbour) => Way::Neighbour { neighbour, server },
+                    None => Way::Mesh { own: Arc::clone(own), server },
+                },
                 None => return denied(DenyReason::UnregisteredPod),
             },
         };

@@ -70,7 +70,7 @@ fn access_log(action: impl FnOnce()) -> Vec<serde_json::Value> {
 
 fn totals(pod: &PodStats, direction: Direction, kind: Kind) -> Totals {
     let all = pod.totals();
-    assert_eq!(all.len(), 4);
+    assert_eq!(all.len(), 6);
     all.into_iter().find(|(d, k, _)| (*d, *k) == (direction, kind)).unwrap().2
 }
 
@@ -78,7 +78,8 @@ fn totals(pod: &PodStats, direction: Direction, kind: Kind) -> Totals {
 fn an_open_connection_is_seen_with_its_bytes_and_a_finished_one_stays_counted() {
     let pod = Stats::new(10).pod("client-uid");
     let mtls = || totals(&pod, Direction::Outbound, Kind::Mtls);
-    let guard = pod.open(parties(Direction::Outbound), Kind::Mtls).unwrap();
+    let guard =
+        pod.open(parties(Direction::Outbound), Kind::Mtls, &CancellationToken::new()).unwrap();
     guard.traffic().set(5, 7);
     assert_eq!(mtls(), Totals { open: 1, opened: 1, from_client: 5, from_server: 7 });
     let open = pod.connections();
@@ -90,7 +91,8 @@ fn an_open_connection_is_seen_with_its_bytes_and_a_finished_one_stays_counted() 
     assert_eq!(mtls(), Totals { open: 0, opened: 1, from_client: 10, from_server: 20 });
     assert!(pod.connections().is_empty());
 
-    let second = pod.open(parties(Direction::Outbound), Kind::Mtls).unwrap();
+    let second =
+        pod.open(parties(Direction::Outbound), Kind::Mtls, &CancellationToken::new()).unwrap();
     second.traffic().set(1, 1);
     assert_eq!(mtls(), Totals { open: 1, opened: 2, from_client: 11, from_server: 21 });
     assert_eq!(totals(&pod, Direction::Outbound, Kind::Plaintext), Totals::default());
@@ -101,10 +103,11 @@ fn an_open_connection_is_seen_with_its_bytes_and_a_finished_one_stays_counted() 
 fn every_finished_connection_has_one_line() {
     let pod = Stats::new(10).pod("client-uid");
     let lines = access_log(|| {
-        let guard = pod.open(parties(Direction::Inbound), Kind::Mtls).unwrap();
+        let guard =
+            pod.open(parties(Direction::Inbound), Kind::Mtls, &CancellationToken::new()).unwrap();
         guard.traffic().set(10, 20);
         guard.finish("client reset");
-        drop(pod.open(outside(), Kind::Plaintext).unwrap());
+        drop(pod.open(outside(), Kind::Plaintext, &CancellationToken::new()).unwrap());
         pod.deny(&outside(), DenyReason::EgressDenied);
     });
     let mut lines = lines.into_iter();
@@ -143,9 +146,9 @@ fn a_connection_that_is_passed_on_counts_once() {
     let endpoint = Some("10.1.0.2:8080".parse().unwrap());
     let parties = Parties { server: service, endpoint, ..parties(Direction::Outbound) };
     let lines = access_log(|| {
-        let mut guard = pod.open(parties, Kind::Mtls).unwrap();
+        let mut guard = pod.open(parties, Kind::Mtls, &CancellationToken::new()).unwrap();
         let other = party("10.1.0.3:8080", Some("other"));
-        guard.pass_to(other.address, other.workload);
+        guard.pass_to(other.address, other.workload, Kind::Mtls);
         guard.traffic().set(5, 7);
         let expected = Totals { open: 1, opened: 1, from_client: 5, from_server: 7 };
         assert_eq!(totals(&pod, Direction::Outbound, Kind::Mtls), expected);
@@ -162,17 +165,38 @@ fn a_connection_that_is_passed_on_counts_once() {
 }
 
 #[test]
+fn what_is_no_longer_allowed_ends_and_says_why() {
+    let pod = Stats::new(10).pod("client-uid");
+    let (kept, ended) = (CancellationToken::new(), CancellationToken::new());
+    let lines = access_log(|| {
+        let _kept = pod.open(outside(), Kind::Plaintext, &kept).unwrap();
+        let guard = pod.open(parties(Direction::Inbound), Kind::Mtls, &ended).unwrap();
+        for _ in 0..2 {
+            pod.revise(|connection| match connection.kind {
+                Kind::Mtls => Err("the registry has changed".to_owned()),
+                Kind::Local | Kind::Plaintext => Ok(()),
+            });
+        }
+        assert_eq!(pod.revoked(), [(Direction::Outbound, 0), (Direction::Inbound, 1)]);
+        assert!(ended.is_cancelled() && !kept.is_cancelled());
+        drop(guard);
+    });
+    assert_eq!(lines[0]["end"], "the registry has changed");
+}
+
+#[test]
 fn a_pod_s_connections_are_limited() {
     let stats = Stats::new(2);
     let pod = stats.pod("client-uid");
-    let first = pod.open(outside(), Kind::Plaintext).unwrap();
-    let _second = pod.open(outside(), Kind::Plaintext).unwrap();
-    let refused = pod.open(outside(), Kind::Plaintext).unwrap_err();
+    let first = pod.open(outside(), Kind::Plaintext, &CancellationToken::new()).unwrap();
+    let _second = pod.open(outside(), Kind::Plaintext, &CancellationToken::new()).unwrap();
+    let refused = pod.open(outside(), Kind::Plaintext, &CancellationToken::new()).unwrap_err();
     assert_eq!(refused, DenyReason::TooManyConnections);
     assert_eq!(pod.denied(), [(Direction::Outbound, DenyReason::TooManyConnections, 1)]);
-    let _other_pod = stats.pod("other").open(outside(), Kind::Plaintext).unwrap();
+    let _other_pod =
+        stats.pod("other").open(outside(), Kind::Plaintext, &CancellationToken::new()).unwrap();
     drop(first);
-    let _third = pod.open(outside(), Kind::Plaintext).unwrap();
+    let _third = pod.open(outside(), Kind::Plaintext, &CancellationToken::new()).unwrap();
 }
 
 #[test]

@@ -1,9 +1,8 @@
-//! The same relay without a tunnel, for plaintext that policy allows.
+//! The same relay without a tunnel: for plaintext that policy allows, and within the node.
 
 use std::{
     future::poll_fn,
     pin::Pin,
-    sync::atomic::{AtomicU64, Ordering},
     task::{Context, Poll, ready},
 };
 
@@ -14,24 +13,27 @@ use super::{
 };
 
 /// Carries a connection between two sockets, to its end: [`End::Finished`], [`End::ClientReset`] or
-/// [`End::ServerReset`]. Dropping the future resets both.
-pub async fn relay_plain<C: App, S: App>(mut client: C, mut server: S, traffic: &Traffic) -> End {
-    let mut up = Half::new(&traffic.from_client);
-    let mut down = Half::new(&traffic.from_server);
+/// [`End::ServerReset`]. Dropping the future resets both. Its bytes count in all of `traffic`.
+pub async fn relay_plain<C: App, S: App>(
+    mut client: C,
+    mut server: S,
+    traffic: &[&Traffic],
+) -> End {
+    let (mut up, mut down) = (Half::default(), Half::default());
     let end = poll_fn(|cx| {
-        let sent = match up.poll(cx, &mut client, &mut server) {
-            Poll::Ready(Err(PumpError::Source)) => return Poll::Ready(End::ClientReset),
-            Poll::Ready(Err(PumpError::Sink(_))) => return Poll::Ready(End::ServerReset),
-            Poll::Ready(Ok(())) => true,
-            Poll::Pending => false,
-        };
-        let received = match down.poll(cx, &mut server, &mut client) {
-            Poll::Ready(Err(PumpError::Source)) => return Poll::Ready(End::ServerReset),
-            Poll::Ready(Err(PumpError::Sink(_))) => return Poll::Ready(End::ClientReset),
-            Poll::Ready(Ok(())) => true,
-            Poll::Pending => false,
-        };
-        if sent && received { Poll::Ready(End::Finished) } else { Poll::Pending }
+        let sent = up.poll(cx, &mut client, &mut server);
+        let received = down.poll(cx, &mut server, &mut client);
+        for traffic in traffic {
+            traffic.set(up.pump.moved(), down.pump.moved());
+        }
+        match (sent, received) {
+            (Poll::Ready(Err(PumpError::Source)), _)
+            | (_, Poll::Ready(Err(PumpError::Sink(_)))) => Poll::Ready(End::ClientReset),
+            (Poll::Ready(Err(PumpError::Sink(_))), _)
+            | (_, Poll::Ready(Err(PumpError::Source))) => Poll::Ready(End::ServerReset),
+            (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => Poll::Ready(End::Finished),
+            (Poll::Pending, _) | (_, Poll::Pending) => Poll::Pending,
+        }
     })
     .await;
     if matches!(end, End::Finished) {
@@ -42,17 +44,18 @@ pub async fn relay_plain<C: App, S: App>(mut client: C, mut server: S, traffic: 
 }
 
 /// One direction, to the shutdown of its sink.
-struct Half<'a> {
+struct Half {
     pump: Pump,
     shut: bool,
-    moved: &'a AtomicU64,
 }
 
-impl<'a> Half<'a> {
-    const fn new(moved: &'a AtomicU64) -> Self {
-        Self { pump: Pump::new(Framing::Raw), shut: false, moved }
+impl Default for Half {
+    fn default() -> Self {
+        Self { pump: Pump::new(Framing::Raw), shut: false }
     }
+}
 
+impl Half {
     fn poll<R: App, W: App>(
         &mut self,
         cx: &mut Context<'_>,
@@ -60,9 +63,7 @@ impl<'a> Half<'a> {
         sink: &mut W,
     ) -> Poll<Result<(), PumpError>> {
         if !self.shut {
-            let progress = self.pump.poll(cx, Some(source), sink, Window::Open);
-            self.moved.store(self.pump.moved(), Ordering::Relaxed);
-            ready!(progress)?;
+            ready!(self.pump.poll(cx, Some(source), sink, Window::Open))?;
             // An error means that the connection is gone, and then there is nothing to tell it.
             let _gone = ready!(Pin::new(sink).poll_shutdown(cx));
             self.shut = true;

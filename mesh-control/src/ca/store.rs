@@ -15,12 +15,15 @@ use mesh_common::{
     svid::{PodRef, TrustBundle, Usage},
 };
 use rcgen::{
-    BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType,
-    SerialNumber,
+    BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose,
+    PublicKeyData as _, SanType, SerialNumber,
 };
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _};
 use time::OffsetDateTime;
-use x509_parser::{certificate::X509Certificate, extensions::GeneralName, prelude::FromDer as _};
+use x509_parser::{
+    certificate::X509Certificate, extensions::GeneralName, prelude::FromDer as _,
+    x509::SubjectPublicKeyInfo,
+};
 
 use super::{
     Authority, CaError, Subject,
@@ -58,8 +61,10 @@ fn check(
     let id = SpiffeId::Workload(id.map_err(mesh_common::svid::SvidError::from)?);
     let subject = Subject { id, pod: Some(pod) };
     let issued = authority.issue(&subject, &KeyPair::generate()?, Duration::from_secs(60), now)?;
-    let bundle =
-        TrustBundle { trust_domain: trust_domain.clone(), roots: vec![authority.root.clone()] };
+    let mut bundle =
+        TrustBundle { trust_domain: trust_domain.clone(), roots: authority.roots.clone() };
+    bundle.check()?;
+    bundle.roots.truncate(1);
     for usage in [Usage::Client, Usage::Server] {
         bundle.verify(&issued.chain, usage, unix(now))?;
     }
@@ -71,14 +76,14 @@ fn supplied(
     clock_skew: Duration,
     now: SystemTime,
 ) -> Result<Authority, CaError> {
-    let root = certificates(&paths.root, &read(&paths.root)?)?.swap_remove(0);
+    let roots = certificates(&paths.root, &read(&paths.root)?)?;
     let mut chain = certificates(&paths.cert, &read(&paths.cert)?)?;
     let key = key(&paths.key, &read(&paths.key)?)?;
     let (issuer, validity) = issuer::issuer(&chain[0], key, now).map_err(content(&paths.cert))?;
-    chain.retain(|certificate| *certificate != root);
-    let root_validity = issuer::root(&root, chain.len(), now).map_err(content(&paths.root))?;
+    chain.retain(|certificate| *certificate != roots[0]);
+    let root_validity = issuer::root(&roots[0], chain.len(), now).map_err(content(&paths.root))?;
     Ok(Authority {
-        root,
+        roots,
         root_validity,
         issuing: ArcSwap::from_pointee(Issuing { issuer, chain, validity }),
         renewal: None,
@@ -101,10 +106,12 @@ fn own(config: &Config, now: SystemTime) -> Result<Authority, CaError> {
             ));
         }
     };
-    let root = certificates(&root_path, &kept.0)?.swap_remove(0);
-    check_trust_domain(&root, &config.trust_domain).map_err(content(&root_path))?;
+    let roots = certificates(&root_path, &kept.0)?;
+    for root in &roots {
+        check_trust_domain(root, &config.trust_domain).map_err(content(&root_path))?;
+    }
     let (root_issuer, root_validity) =
-        issuer::issuer(&root, key(&root_path, &kept.0)?, now).map_err(content(&root_path))?;
+        issuer::issuer(&roots[0], key(&root_path, &kept.0)?, now).map_err(content(&root_path))?;
     let renewal = Renewal {
         root: root_issuer,
         root_validity,
@@ -121,7 +128,7 @@ fn own(config: &Config, now: SystemTime) -> Result<Authority, CaError> {
         Some(Ok(_)) | None => renewal.renew(now, config.clock_skew)?,
     };
     Ok(Authority {
-        root,
+        roots,
         root_validity,
         issuing: ArcSwap::from_pointee(issuing),
         renewal: Some(renewal),
@@ -152,7 +159,8 @@ pub fn new_root(config: &Config, now: SystemTime) -> Result<String, CaError> {
     Ok(key.serialize_pem() + &params.self_signed(&key)?.pem())
 }
 
-/// Puts a root that is kept elsewhere where [`open`] finds it. An issuer below another root goes.
+/// Puts a root that is kept elsewhere where [`open`] finds it: its key, its certificate, and the
+/// roots that are trusted beside it.
 ///
 /// # Errors
 ///
@@ -160,14 +168,8 @@ pub fn new_root(config: &Config, now: SystemTime) -> Result<String, CaError> {
 pub fn put_root(config: &Config, pem: &str) -> Result<(), CaError> {
     let dir = config.state_dir.join("ca");
     files::private_dir(&dir).map_err(file(&dir))?;
-    let (root_path, issuer_path) = (dir.join("root.pem"), dir.join("issuer.pem"));
-    if optional(&root_path)?.as_deref() == Some(pem) {
-        return Ok(());
-    }
-    if optional(&issuer_path)?.is_some() {
-        files::remove(&issuer_path).map_err(file(&issuer_path))?;
-    }
-    files::replace(&root_path, pem.as_bytes()).map_err(file(&root_path))
+    let path = dir.join("root.pem");
+    files::replace(&path, pem.as_bytes()).map_err(file(&path))
 }
 
 fn ca_params(name: &str) -> CertificateParams {
@@ -222,9 +224,18 @@ impl Renewal {
 
     fn load(&self, pem: &str, now: SystemTime) -> Result<Issuing, CaError> {
         let chain = certificates(&self.path, pem)?;
+        self.check_signature(&chain[0]).map_err(content(&self.path))?;
         let (issuer, validity) =
             issuer::issuer(&chain[0], key(&self.path, pem)?, now).map_err(content(&self.path))?;
         Ok(Issuing { issuer, chain, validity })
+    }
+
+    /// The root may have been replaced since the issuer was made.
+    fn check_signature(&self, issuer: &CertificateDer<'_>) -> Result<(), String> {
+        let root = self.root.key().subject_public_key_info();
+        let (_, root) = SubjectPublicKeyInfo::from_der(&root).map_err(|error| error.to_string())?;
+        let (_, issuer) = X509Certificate::from_der(issuer).map_err(|error| error.to_string())?;
+        issuer.verify_signature(Some(&root)).map_err(|_| "it was signed by another root".to_owned())
     }
 }
 

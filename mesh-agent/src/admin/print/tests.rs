@@ -15,12 +15,13 @@ pod shop/cart-0 (u1) at /run/netns/cart
   identity     spiffe://td/ns/shop/sa/cart
   certificate  serial 80000f, issued 10m 0s ago, expires in 4h 0m, rotates in 2h 0m
   guard        device active (eth0)
-  connections  mtls 3/120, plaintext 0/0 (open/total), denied 2 (unknown-in-cluster 2)
+  connections  mtls 3/120, local 0/0, plaintext 0/0 (open/total), denied 2 (unknown-in-cluster 2)
   payload      1.0 KiB sent, 2.0 KiB received
   handshakes   7 ok, failed 0; 1 idle tunnels
   udp          allow, 5 datagrams left
   drops        device/plaintext 12
-  repairs      0; 4 connections aborted at enrolment
+  cut          4 connections at enrolment, 2 no longer allowed
+  repairs      0
 
 LAST       TIMES  PROBLEM
 1m 0s ago  3      something [31m else

@@ -16,7 +16,7 @@ async fn relayed() -> (TcpStream, TcpStream, JoinHandle<End>, Arc<Traffic>) {
     let counted = Arc::clone(&traffic);
     let agent = tokio::spawn(async move {
         let [client, server] = [client_side, server_side].map(|s| AppSocket::new(s).unwrap());
-        relay_plain(client, server, &counted).await
+        relay_plain(client, server, &[&counted]).await
     });
     (client, server, agent, traffic)
 }
