@@ -12,6 +12,9 @@ pub const ENABLED: &str = "enabled";
 /// Value of [`MESH`] as a label or annotation of a pod: it is not, whatever its namespace says.
 pub const DISABLED: &str = "disabled";
 
+/// The kubelet's annotation of the stand-in for a static pod: what it calls the pod itself.
+const MIRROR: &str = "kubernetes.io/config.mirror";
+
 /// Namespaces that are never in the mesh, so that nothing that the mesh needs waits for the mesh.
 /// The namespace in which nodemesh itself is installed is another one.
 pub const SYSTEM_NAMESPACES: [&str; 3] = ["kube-system", "kube-public", "kube-node-lease"];
@@ -83,6 +86,16 @@ impl Membership {
     }
 }
 
+/// The UID by which the mesh knows a pod with this UID in the API and these annotations: the one
+/// that the kubelet and the container runtime use.
+///
+/// It is another one for a static pod. Of that the API has only a stand-in, which somebody may delete
+/// while the pod runs on, and the next one has a new UID. Whoever makes pods can write any UID into
+/// the annotation.
+pub fn uid<'a>(in_api: &'a str, annotations: &'a Map) -> &'a str {
+    annotations.get(MIRROR).map_or(in_api, String::as_str)
+}
+
 /// Whether the pods of a namespace are never in the mesh.
 pub fn is_system(namespace: &str, own_namespace: &str) -> bool {
     namespace == own_namespace || SYSTEM_NAMESPACES.contains(&namespace)
@@ -110,6 +123,15 @@ mod tests {
             "" => Map::new(),
             value => Map::from([(MESH.to_owned(), value.to_owned())]),
         }
+    }
+
+    #[test]
+    fn a_stand_in_has_the_uid_of_the_static_pod() {
+        assert_eq!(uid("own", &Map::new()), "own");
+        let hash = ("kubernetes.io/config.hash".to_owned(), "other".to_owned());
+        assert_eq!(uid("own", &Map::from([hash.clone()])), "own");
+        let mirror = ("kubernetes.io/config.mirror".to_owned(), "static".to_owned());
+        assert_eq!(uid("own", &Map::from([hash, mirror])), "static");
     }
 
     #[test]

@@ -201,7 +201,7 @@ pub fn main() -> ExitCode {
         }),
         Command::InstallCheck { namespace } => finish(async {
             let client = kube::Client::try_default().await.context("finding the cluster")?;
-            let findings = preflight::check(&client, &namespace).await.context("asking it")?;
+            let findings = preflight::check(&client, &namespace).await?;
             findings.iter().for_each(|finding| println!("{finding}"));
             let can = findings.iter().all(|finding| finding.verdict != Verdict::Problem);
             Ok(if can { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -4,6 +4,9 @@ use std::io::{Read as _, Write as _};
 use std::net::Shutdown;
 use std::path::Path;
 use std::process::Command;
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use xtask::lab::traffic::{accept, exchange, reset_on_close};
@@ -58,6 +61,31 @@ fn a_canary_across_segments_is_found() -> Result<()> {
         stream.read_exact(&mut [0; 16])?;
     }
     wire.stop()?.expect_present(&canary)
+}
+
+#[test]
+fn a_capture_ends_although_the_traffic_goes_on() -> Result<()> {
+    let Topology { lab, client, server, .. } =
+        topology("a_capture_ends_although_the_traffic_goes_on")?;
+    let _echo = server.echo(8080)?;
+    let wire = lab.capture()?;
+    let mut stream = client.connect(server.sockets(8080)[0])?;
+    stream.set_nodelay(true)?;
+    let (ended, end) = mpsc::channel();
+    let stopping = thread::spawn(move || ended.send(wire.stop()));
+    let begun = Instant::now();
+    let recording = loop {
+        // The client waits for each answer: a steady stream, no flood.
+        stream.write_all(b"x")?;
+        stream.read_exact(&mut [0; 1])?;
+        match end.try_recv() {
+            Ok(recording) => break recording?,
+            Err(_) => ensure!(begun.elapsed() < Duration::from_secs(60), "it goes on and on"),
+        }
+    };
+    ensure!(!recording.is_empty(), "there was traffic");
+    stopping.join().expect("no panic")?;
+    Ok(())
 }
 
 #[test]

@@ -2,18 +2,13 @@
 
 use k8s_openapi::api::core::v1::{Namespace, Pod};
 use kube::{Api, Client};
-use mesh_common::membership::{Map, Pod as Candidate};
-
-/// The kubelet's annotation of the API's stand-in for a static pod: the pod's own UID.
-const MIRROR: &str = "kubernetes.io/config.mirror";
+use mesh_common::membership::{self, Map, Pod as Candidate};
 
 /// A pod and its namespace.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Facts {
-    /// The UID under which the control plane knows it.
+    /// The UID by which the mesh knows it.
     pub(crate) uid: String,
-    /// Of the stand-in for a static pod: the UID that the kubelet knows the pod by.
-    pub(crate) mirrors: Option<String>,
     pub(crate) namespace_labels: Map,
     pub(crate) labels: Map,
     pub(crate) annotations: Map,
@@ -43,8 +38,7 @@ impl Facts {
         let annotations = pod.metadata.annotations.unwrap_or_default();
         let phase = pod.status.and_then(|status| status.phase).unwrap_or_default();
         Self {
-            uid: pod.metadata.uid.unwrap_or_default(),
-            mirrors: annotations.get(MIRROR).cloned(),
+            uid: membership::uid(&pod.metadata.uid.unwrap_or_default(), &annotations).to_owned(),
             namespace_labels: namespace.metadata.labels.unwrap_or_default(),
             labels: pod.metadata.labels.unwrap_or_default(),
             annotations,

@@ -117,11 +117,13 @@ fn pod_of(path: &str) -> Option<&str> {
     })
 }
 
-/// A UUID, also with the underscores that systemd needs.
+/// A UUID, also with the underscores that systemd needs, or an MD5 sum: the kubelet makes those up
+/// for static pods.
 fn is_uid(text: &str) -> bool {
     let parts: Vec<&str> = text.split(['-', '_']).collect();
+    let lengths: Vec<_> = parts.iter().map(|part| part.len()).collect();
     let is_hex = |part: &&str| part.bytes().all(|byte| byte.is_ascii_hexdigit());
-    parts.iter().map(|part| part.len()).eq([8, 4, 4, 4, 12]) && parts.iter().all(is_hex)
+    matches!(*lengths, [8, 4, 4, 4, 12] | [32]) && parts.iter().all(is_hex)
 }
 
 /// The network namespaces that a mount table as in proc_pid_mountinfo(5) shows below [`PINS`].
@@ -143,6 +145,21 @@ mod tests {
 
     const UID: &str = "0b9c5d0e-6a0f-4a54-9e0c-3f8f3c1f7a11";
     const OTHER: &str = "7c9e6679-7425-40de-944b-e07fc1f90ae7";
+    const STATIC: &str = "7fc14ba5a0e1cdb2a5b2d3e1f2f4a6b8";
+
+    #[test]
+    fn a_static_pod_is_found_by_what_the_kubelet_calls_it() {
+        for path in [
+            format!("/kubepods/burstable/pod{STATIC}/0123abcd"),
+            format!("/kubepods.slice/kubepods-pod{STATIC}.slice/cri-containerd-01.scope"),
+        ] {
+            assert_eq!(
+                pods(&format!("0::{path}\n")),
+                BTreeSet::from([STATIC.to_owned()]),
+                "{path}"
+            );
+        }
+    }
 
     #[test]
     fn a_pod_is_found_in_every_form_of_its_cgroup() {
@@ -176,6 +193,7 @@ mod tests {
             "/kubepods/burstable",
             "/kubepods/pod",
             "/kubepods/podx",
+            "/kubepods/pod7fc14ba5a0e1cdb2a5b2d3e1f2f4a6b",
             "/machine.slice/libpod-0b9c5d0e6a0f4a549e0c3f8f3c1f7a110b9c5d0e6a0f4a549e0c3f8f3c1f7a11.scope",
             "/user.slice/0b9c5d0e-6a0f-4a54-9e0c-3f8f3c1f7a11",
         ] {

@@ -39,16 +39,18 @@ const CILIUM_ENCRYPTION: [&str; 2] = ["enable-wireguard", "enable-ipsec"];
 
 /// What whoever installs must be allowed to create: group, resource, and whether it is in the
 /// namespace of nodemesh.
-const CREATED: [(&str, &str, bool); 9] = [
+const CREATED: [(&str, &str, bool); 11] = [
     ("", "namespaces", false),
     ("rbac.authorization.k8s.io", "clusterroles", false),
     ("rbac.authorization.k8s.io", "clusterrolebindings", false),
     ("rbac.authorization.k8s.io", "roles", true),
+    ("rbac.authorization.k8s.io", "rolebindings", true),
     ("", "serviceaccounts", true),
     ("", "configmaps", true),
     ("", "services", true),
     ("apps", "deployments", true),
     ("apps", "daemonsets", true),
+    ("policy", "poddisruptionbudgets", true),
 ];
 
 /// What is known of a cluster.
@@ -106,13 +108,33 @@ impl fmt::Display for Finding {
     }
 }
 
+/// Why nothing can be said of a cluster.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckError {
+    /// Whoever asks may not look.
+    #[error("{0}: check with the rights of whoever is to install")]
+    Forbidden(String),
+    /// The API server did not answer, or failed.
+    #[error("the Kubernetes API: {0}")]
+    Api(kube::Error),
+}
+
+impl From<kube::Error> for CheckError {
+    fn from(error: kube::Error) -> Self {
+        match error {
+            kube::Error::Api(status) if status.code == 403 => Self::Forbidden(status.message),
+            error => Self::Api(error),
+        }
+    }
+}
+
 /// Looks at the cluster with the rights of whoever asks, and changes nothing. `namespace` is where
 /// nodemesh is to be installed.
 ///
 /// # Errors
 ///
 /// When the API server does not let it look.
-pub async fn check(client: &Client, namespace: &str) -> Result<Vec<Finding>, kube::Error> {
+pub async fn check(client: &Client, namespace: &str) -> Result<Vec<Finding>, CheckError> {
     Ok(judge(&gather(client, namespace).await?, namespace))
 }
 
@@ -308,6 +330,17 @@ mod tests {
     fn a_cluster_that_can_run_it_has_nothing_against_it() {
         let findings = judge(&good(), "nodemesh-system");
         assert!(findings.iter().all(|found| found.verdict == Verdict::Fine), "{findings:?}");
+    }
+
+    #[tokio::test]
+    async fn who_may_not_look_is_told_in_one_sentence() {
+        let answer = json!({"status": "Failure", "code": 403, "message": "nodes is forbidden"});
+        let client = scripted(move |_, path, _| match path {
+            "/version" => (200, json!(k8s_openapi::apimachinery::pkg::version::Info::default())),
+            _ => (403, answer.clone()),
+        });
+        let error = check(&client, "nodemesh-system").await.unwrap_err().to_string();
+        assert!(error.starts_with("nodes is forbidden: ") && error.contains("rights"), "{error}");
     }
 
     #[test]

@@ -12,7 +12,7 @@ use k8s_openapi::{
 };
 use mesh_common::{
     abi::MAX_POD_ADDRESSES,
-    membership::{Map, Membership, Pod as Candidate},
+    membership::{self, Map, Membership, Pod as Candidate},
     spiffe::check_segment,
 };
 
@@ -25,6 +25,8 @@ pub(super) const TEMPLATE_HASH: &str = "pod-template-hash";
 ///
 /// The kubelet reports late and addresses are used again: of two pods that claim one, the running
 /// one has it, then the newer one. The other stays registered, without that address.
+///
+/// Of pods that claim one UID the one whose own it is is registered, then the oldest; no other.
 pub fn workloads<'a>(
     pods: impl IntoIterator<Item = &'a Pod>,
     namespaces: impl IntoIterator<Item = &'a Namespace>,
@@ -38,6 +40,12 @@ pub fn workloads<'a>(
         .collect();
     let over = |pod: &Pod| matches!(phase(pod), "Succeeded" | "Failed");
     let mut pods: Vec<&Pod> = pods.into_iter().filter(|pod| !over(pod)).collect();
+    pods.sort_by_cached_key(|pod| {
+        let ObjectMeta { creation_timestamp, uid: own, .. } = &pod.metadata;
+        (uid(pod) != own.as_deref(), creation_timestamp.clone(), own.clone())
+    });
+    let mut known = HashSet::new();
+    pods.retain(|pod| known.insert(uid(pod)));
     pods.sort_by_cached_key(|pod| {
         let ObjectMeta { creation_timestamp, uid, .. } = &pod.metadata;
         (phase(pod) != "Running", Reverse(creation_timestamp.clone()), uid.clone())
@@ -73,7 +81,7 @@ fn workload(
         return None;
     }
     let workload = Workload {
-        uid: metadata.uid.clone()?,
+        uid: uid(pod)?.to_owned(),
         name: metadata.name.clone()?,
         namespace: namespace.to_owned(),
         service_account: spec.service_account_name.clone().unwrap_or("default".to_owned()),
@@ -85,6 +93,12 @@ fn workload(
     // Agents would refuse the whole snapshot for one name that they cannot use.
     let usable = [uid, name, namespace, service_account, node];
     usable.iter().all(|name| check_segment(name).is_ok()).then_some(workload)
+}
+
+fn uid(pod: &Pod) -> Option<&str> {
+    let own = pod.metadata.uid.as_deref()?;
+    let annotations = pod.metadata.annotations.as_ref();
+    Some(annotations.map_or(own, |annotations| membership::uid(own, annotations)))
 }
 
 fn phase(pod: &Pod) -> &str {
@@ -190,6 +204,33 @@ mod tests {
         ] {
             assert_eq!(of(&[pod("a", more.clone())]), [], "{more}");
         }
+    }
+
+    #[test]
+    fn a_static_pod_has_the_uid_that_its_node_knows_and_nobody_takes_one() {
+        let claims = |what: &str, day: u8| {
+            json!({
+                "/metadata/annotations": {"kubernetes.io/config.mirror": what},
+                "/metadata/creationTimestamp": format!("2026-01-{day:02}T00:00:00Z"),
+                "/status/podIPs": [],
+            })
+        };
+        let uids = |pods: &[Pod]| {
+            let found = of(pods).into_iter().map(|workload| (workload.uid, workload.name));
+            found.collect::<BTreeMap<_, _>>()
+        };
+        let is = |uid: &str, name: &str| (uid.to_owned(), name.to_owned());
+        let stand_in = || pod("a", claims("hash", 3));
+        let other = pod("b", json!({}));
+        assert_eq!(uids(&[stand_in()]), [is("hash", "a-0")].into());
+        // Others say that they stand in for the same one, or for a pod that is none of theirs.
+        let late = pod("c", claims("hash", 4));
+        let early = pod("d", claims("b", 1));
+        let all = [late, early, stand_in(), other];
+        assert_eq!(uids(&all), [is("hash", "a-0"), is("b", "b-0")].into());
+        // It is another's also outside of the mesh.
+        let outside = pod("b", json!({"/metadata/namespace": "other"}));
+        assert_eq!(uids(&[pod("d", claims("b", 1)), outside]), [].into());
     }
 
     #[test]

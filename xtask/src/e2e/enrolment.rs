@@ -6,10 +6,10 @@ use xtask::lab::Canary;
 
 use super::chart::NAMESPACE;
 use super::expect;
-use super::kubectl::{merged, until};
+use super::kubectl::{Session, merged, until};
 use super::objects::{self, MESH};
 use super::report::Report;
-use super::stage::Stage;
+use super::stage::{Pod, Stage};
 
 /// Checks labels, the first moment of a pod, and a node without agent.
 pub(super) fn check(stage: &Stage, report: &mut Report) {
@@ -48,26 +48,38 @@ pub(super) fn check(stage: &Stage, report: &mut Report) {
         let canary = shout(stage, &stage.plain)?;
         canary.0.expect_plaintext()
     });
+    let mut bystander = None;
     report.check(
         "2",
-        "a namespace that is labelled while its pods run: they are in the mesh",
+        "a namespace that is labelled while its pods run: they are in the mesh, and cut off",
         || {
-            let pods = ["relabelled-a", "relabelled-b"];
-            for (node, name) in pods.iter().enumerate() {
-                stage.server(&stage.plain, name, node)?;
-            }
+            let pod = |namespace, name, node| stage.server(namespace, name, node);
+            let others = [pod(&stage.mesh, "bystander-a", 0)?, pod(&stage.mesh, "bystander-b", 1)?];
+            bystander = Some(hold(stage, &others)?);
+            let pods =
+                [pod(&stage.plain, "relabelled-a", 0)?, pod(&stage.plain, "relabelled-b", 1)?];
+            let held = hold(stage, &pods)?;
             label(stage, &stage.plain, Some("enabled"))?;
-            let outcome = relabelled(stage, true);
-            label(stage, &stage.plain, None)?;
-            outcome
+            relabelled(stage, true)?;
+            expect_cut(held, true)
         },
     );
     report.check(
         "2",
-        "a namespace whose label goes: its pods leave, not restarted, and talk",
-        || relabelled(stage, false),
+        "a namespace whose label goes: its pods leave, not restarted, cut off, and talk",
+        || {
+            let pod = |name| stage.ready(&stage.plain, name);
+            let held = pod("relabelled-a").and_then(|a| hold(stage, &[a, pod("relabelled-b")?]));
+            label(stage, &stage.plain, None)?;
+            relabelled(stage, false)?;
+            expect_cut(held?, true)
+        },
     );
+    report.check("2", "meanwhile the connections of others go on", || {
+        expect_cut(bystander.context("nothing is held")?, false)
+    });
     delete(stage, &stage.plain, &["relabelled-a", "relabelled-b"]);
+    delete(stage, &stage.mesh, &["bystander-a", "bystander-b"]);
 
     report.check("2", "the CNI configuration is put right when something overwrites it", || {
         overwrite_configuration(stage)
@@ -118,12 +130,7 @@ fn label(stage: &Stage, namespace: &str, value: Option<&str>) -> Result<()> {
 }
 
 /// A pod that is a little different from others.
-fn start_with(
-    stage: &Stage,
-    namespace: &str,
-    name: &str,
-    different: Value,
-) -> Result<super::stage::Pod> {
+fn start_with(stage: &Stage, namespace: &str, name: &str, different: Value) -> Result<Pod> {
     let spec = objects::pod_spec(&stage.nodes[0], &objects::server(&stage.image));
     let pod = merged(objects::pod(namespace, name, spec), different);
     stage.kubectl.apply(vec![pod])?;
@@ -176,6 +183,18 @@ fn relabelled(stage: &Stage, in_mesh: bool) -> Result<()> {
     let capture = stage.capture(&canary, &[&client, &server])?;
     stage.ask_patiently(&client, server.echo(), canary.text())?;
     if in_mesh { capture.expect_tls13() } else { capture.expect_plaintext() }
+}
+
+/// A connection from the first pod to the second that is there, and goes on until it is cut.
+fn hold(stage: &Stage, [client, server]: &[Pod; 2]) -> Result<Session> {
+    stage.ask_patiently(client, server.echo(), "before")?;
+    let tool = ["hold", &server.echo().to_string()];
+    stage.kubectl.session(&client.namespace, &client.name, &tool)
+}
+
+fn expect_cut(held: Session, cut: bool) -> Result<()> {
+    let seen = held.finish()?;
+    expect(seen["cut"] == cut, || seen.to_string())
 }
 
 /// Somebody writes the configuration as it was before.

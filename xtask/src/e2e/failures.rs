@@ -105,6 +105,9 @@ pub(super) fn check(stage: &Stage, report: &mut Report) {
             restart_containers(stage, client, server)
         },
     );
+    report.check("8", "without the mesh the same pods are on the wire", || {
+        restart_containers_outside(stage)
+    });
     report.check(
         "2",
         "pods whose sandboxes are lost, agents absent: they wait, nothing leaks",
@@ -167,19 +170,24 @@ fn container_id(stage: &Stage, pod: &Pod) -> Result<String> {
     let record = stage.kubectl.get(&pod.namespace, "pod", &pod.name)?;
     let statuses = record["status"]["containerStatuses"].as_array().context("no containers")?;
     let main = statuses.iter().find(|status| status["name"] == "agent" || status["name"] == "main");
-    let id = main.context("no such container")?["containerID"].as_str().unwrap_or_default();
+    let id = main.context("no such container")?["containerID"].as_str();
+    let id = id.filter(|id| !id.is_empty()).context("the container does not run yet")?;
     // containerd://0123…
     Ok(id.rsplit('/').next().unwrap_or_default().to_owned())
 }
 
 /// A pod that does nothing but send the canary to the server, from its first moment on.
 fn shouter(stage: &Stage, server: &Pod, canary: &Canary) -> Result<Pod> {
-    let tool = ["load", &server.echo().to_string(), canary.text(), "--count", "1000000"];
-    let container = objects::container(&stage.image, &tool);
-    stage.start(&stage.mesh, "shouter", objects::pod_spec(&stage.nodes[0], &container))?;
-    let pod = stage.ready(&stage.mesh, "shouter")?;
+    let pod = shout(stage, &stage.mesh, server, canary)?;
     stage.in_mesh(&pod)?;
     Ok(pod)
+}
+
+fn shout(stage: &Stage, namespace: &str, server: &Pod, canary: &Canary) -> Result<Pod> {
+    let tool = ["load", &server.echo().to_string(), canary.text(), "--count", "1000000"];
+    let container = objects::container(&stage.image, &tool);
+    stage.start(namespace, "shouter", objects::pod_spec(&stage.nodes[0], &container))?;
+    stage.ready(namespace, "shouter")
 }
 
 fn restart_containers(stage: &Stage, client: &Pod, server: &Pod) -> Result<()> {
@@ -187,20 +195,36 @@ fn restart_containers(stage: &Stage, client: &Pod, server: &Pod) -> Result<()> {
     let pods = [client.clone(), shouter(stage, server, &canary)?];
     let capture = stage.capture(&canary, &[])?;
     stage.without_agents(|| {
-        let before: Vec<_> =
-            pods.iter().map(|pod| container_id(stage, pod)).collect::<Result<_>>()?;
-        let names: Vec<_> = before.iter().map(String::as_str).collect();
-        stage.on(&stage.nodes[0], &[&["kill"], &names[..]].concat())?;
-        for (pod, before) in pods.iter().zip(&before) {
-            until(&format!("{} to be restarted", pod.name), || {
-                Ok((container_id(stage, pod)? != *before).then_some(()))
-            })?;
-            stage.ready(&pod.namespace, &pod.name)?;
-        }
+        kill_containers(stage, &pods)?;
         stage.expect_refusal(client, server.echo(), canary.text())
     })?;
     stage.ask_patiently(client, server.echo(), "recovered")?;
     capture.expect_secret()
+}
+
+/// The negative twin: the same, of pods that are not in the mesh.
+fn restart_containers_outside(stage: &Stage) -> Result<()> {
+    let server = stage.server(&stage.plain, "plain-server", 1)?;
+    let canary = Canary::random();
+    let pods = [shout(stage, &stage.plain, &server, &canary)?];
+    let capture = stage.capture(&canary, &[])?;
+    stage.without_agents(|| kill_containers(stage, &pods))?;
+    capture.expect_plaintext()?;
+    stage.delete(&stage.plain, &["plain-server", "shouter"])
+}
+
+/// Kills the containers of these pods of the first node, and waits until others run.
+fn kill_containers(stage: &Stage, pods: &[Pod]) -> Result<()> {
+    let before: Vec<_> = pods.iter().map(|pod| container_id(stage, pod)).collect::<Result<_>>()?;
+    let names: Vec<_> = before.iter().map(String::as_str).collect();
+    stage.on(&stage.nodes[0], &[&["kill"], &names[..]].concat())?;
+    for (pod, before) in pods.iter().zip(&before) {
+        until(&format!("{} to be restarted", pod.name), || {
+            Ok((container_id(stage, pod)? != *before).then_some(()))
+        })?;
+        stage.ready(&pod.namespace, &pod.name)?;
+    }
+    Ok(())
 }
 
 fn lose_sandboxes(stage: &Stage, client: &Pod, server: &Pod) -> Result<()> {

@@ -1,8 +1,9 @@
 //! Section 4: what everybody does with pods goes on working.
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::net::{Shutdown, TcpStream};
-use std::process::{Child, Command, Stdio};
+use std::net::{SocketAddr, TcpStream};
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
@@ -11,8 +12,8 @@ use super::expect;
 use super::kubectl::merged;
 use super::objects;
 use super::report::Report;
-use super::stage::Stage;
-use crate::pod::{ECHO, GREETING, GRPC, HTTP};
+use super::stage::{Pod, Stage};
+use crate::pod::{GREETING, GRPC, HTTP};
 
 /// Checks probes of every type, exec, logs, port-forward and the API server.
 pub(super) fn check(stage: &Stage, report: &mut Report) {
@@ -52,20 +53,25 @@ pub(super) fn check(stage: &Stage, report: &mut Report) {
     });
     report.check("4", "kubectl port-forward", || {
         let pod = stage.ready(&stage.mesh, "ordinary")?;
-        let forward = Forward::start(&pod.namespace, &pod.name)?;
-        let answer = forward.ask("forwarded")?;
-        expect(answer["pod"] == "ordinary" && answer["received"] == "forwarded", || {
+        stage.in_mesh(&pod)?;
+        let answer = Forward::start(&pod, HTTP)?.get("/forwarded")?;
+        expect(answer["pod"] == "ordinary" && answer["received"] == "/forwarded", || {
             answer.to_string()
         })
+    });
+    report.check("4", "kubectl port-forward to where nobody listens: no answer", || {
+        let pod = stage.ready(&stage.mesh, "ordinary")?;
+        let answer = Forward::start(&pod, 9)?.get("/forwarded");
+        expect(answer.is_err(), || format!("{answer:?}"))
     });
     report.check("4", "pods talk to the API server", || {
         let pod = stage.ready(&stage.mesh, "ordinary")?;
         let service = stage.kubectl.get("default", "service", "kubernetes")?;
         let ip = service["spec"]["clusterIP"].as_str().context("no clusterIP")?;
+        let address = SocketAddr::new(ip.parse()?, 443).to_string();
         // Plain HTTP: what it says to that shows who it is.
         let request = "GET / HTTP/1.0\r\n\r\n";
-        let answer =
-            stage.tool(&pod, &["ask", &format!("{ip}:443"), request, "--patience", "60"])?;
+        let answer = stage.tool(&pod, &["ask", &address, request, "--patience", "60"])?;
         expect(answer.contains("HTTPS server"), || answer.clone())
     });
     let pods = ["http-probe", "tcp-probe", "exec-probe", "grpc-probe", "unprobed", "ordinary"];
@@ -88,39 +94,43 @@ fn probed(stage: &Stage, name: &str, probe: &Value) -> Result<()> {
     })
 }
 
-/// `kubectl port-forward` of an echo server.
+/// `kubectl port-forward`.
 struct Forward {
     child: Child,
+    /// It says there that it handles a connection, and dies if nobody could read that.
+    stdout: BufReader<ChildStdout>,
     port: u16,
 }
 
 impl Forward {
-    fn start(namespace: &str, pod: &str) -> Result<Self> {
-        let port = format!(":{ECHO}");
+    fn start(pod: &Pod, port: u16) -> Result<Self> {
+        let port = format!(":{port}");
         let mut child = Command::new("kubectl")
-            .args(["-n", namespace, "port-forward", pod, &port])
+            .args(["-n", &pod.namespace, "port-forward", &pod.name, &port])
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()
             .context("running kubectl")?;
-        let stdout = child.stdout.take().context("no standard output")?;
-        let mut forward = Self { child, port: 0 };
+        let stdout = BufReader::new(child.stdout.take().context("no standard output")?);
+        let mut forward = Self { child, stdout, port: 0 };
         let mut line = String::new();
-        BufReader::new(stdout).read_line(&mut line)?;
-        // Forwarding from 127.0.0.1:41234 -> 7000
+        forward.stdout.read_line(&mut line)?;
+        // Forwarding from 127.0.0.1:41234 -> 7002
         let port = line.split(" -> ").next().and_then(|from| from.rsplit(':').next());
         forward.port = port.and_then(|port| port.parse().ok()).with_context(|| line.clone())?;
         Ok(forward)
     }
 
-    fn ask(&self, text: &str) -> Result<Value> {
+    /// What the server says of a request. That asks for an answer by itself: nobody hears that
+    /// the client has said everything, since port-forward does not pass that on.
+    fn get(&self, path: &str) -> Result<Value> {
         let mut stream = TcpStream::connect(("127.0.0.1", self.port))?;
-        stream.set_read_timeout(Some(std::time::Duration::from_secs(10)))?;
-        stream.write_all(text.as_bytes())?;
-        stream.shutdown(Shutdown::Write)?;
+        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+        write!(stream, "GET {path} HTTP/1.0\r\n\r\n")?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer)?;
-        serde_json::from_str(&answer).with_context(|| format!("{answer} is no answer"))
+        let body = answer.split_once("\r\n\r\n").map_or("", |(_, body)| body);
+        serde_json::from_str(body).with_context(|| format!("{answer:?} is no answer"))
     }
 }
 

@@ -1,7 +1,7 @@
 //! Section 4: Services.
 
 use std::collections::BTreeSet;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
@@ -46,16 +46,20 @@ pub(super) fn check(stage: &Stage, report: &mut Report) {
         expect_reached(stage, &cast()?.client, to, &BTreeSet::from([cast()?.near.name.clone()]))
     });
     report.check("4", "a targetPort by number, and an external IP", || {
+        let external: IpAddr = match cast()?.client.ip {
+            IpAddr::V4(_) => Ipv4Addr::new(203, 0, 113, 80).into(),
+            IpAddr::V6(_) => Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0x80).into(),
+        };
         let to = serve(
             stage,
             "numbered",
             json!({
-                "externalIPs": ["203.0.113.80"],
+                "externalIPs": [external],
                 "ports": [{ "port": 80, "targetPort": crate::pod::ECHO }],
             }),
         )?;
         stage.ask_patiently(&cast()?.client, to, "number")?;
-        stage.ask_patiently(&cast()?.client, "203.0.113.80:80".parse()?, "external").map(drop)
+        stage.ask_patiently(&cast()?.client, SocketAddr::new(external, 80), "external").map(drop)
     });
     report.check("4", "a headless Service's endpoints are reached by their addresses", || {
         apply(stage, "headless", json!({ "clusterIP": "None" }))?;

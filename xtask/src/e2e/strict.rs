@@ -1,5 +1,7 @@
 //! Sections 3 and 4: who is refused, and what a node may ask for.
 
+use std::net::SocketAddr;
+
 use anyhow::{Context as _, Result};
 use serde_json::Value;
 use xtask::lab::Canary;
@@ -29,7 +31,8 @@ pub(super) fn check(stage: &Stage, report: &mut Report) {
                     line["reason"] == "plaintext-refused"
                         && line["client"]
                             .as_str()
-                            .is_some_and(|client| client.starts_with(&outside.ip.to_string()))
+                            .and_then(|client| client.parse().ok())
+                            .is_some_and(|client: SocketAddr| client.ip() == outside.ip)
                 };
                 Ok(lines.iter().any(refused).then_some(()))
             })

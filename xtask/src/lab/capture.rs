@@ -9,8 +9,7 @@ use std::io::IoSliceMut;
 use std::net::UdpSocket;
 use std::os::fd::AsRawFd as _;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -39,7 +38,8 @@ const OUTGOING: u8 = 4;
 pub struct Capture {
     netns: Netns,
     directory: PathBuf,
-    stop: Arc<AtomicBool>,
+    /// The last marker, once it was sent.
+    stop: Arc<OnceLock<Canary>>,
     sniffer: JoinHandle<Result<Sniffed>>,
     first_marker: Canary,
 }
@@ -71,7 +71,7 @@ impl Capture {
     pub fn start(netns: &Netns, device: Option<&str>, directory: &Path) -> Result<Self> {
         let index = device.map(|device| netns.ifindex(device)).transpose()?;
         let loopback = netns.ifindex("lo")?;
-        let stop = Arc::new(AtomicBool::new(false));
+        let stop = Arc::<OnceLock<Canary>>::default();
         let socket = netns.run(|| {
             socket(
                 AddressFamily::Packet,
@@ -87,11 +87,16 @@ impl Capture {
         let sniffer = std::thread::spawn(move || {
             let mut sniffed = Sniffed::default();
             let mut buffer = vec![0; LARGEST_FRAME];
+            let mut looked_at = 0;
             loop {
                 // Before the read: what was sent before the stop is in the queue by now.
-                let last = stopped.load(Ordering::SeqCst);
-                while sniffed.read(socket.as_raw_fd(), &mut buffer, index, loopback)? {}
-                if last {
+                let last = stopped.get();
+                let is_quiet = !sniffed.read(socket.as_raw_fd(), &mut buffer, index, loopback)?;
+                let Some(last) = last else { continue };
+                let seen = sniffed.marks[looked_at..].iter().any(|mark| last.is_in(mark));
+                looked_at = sniffed.marks.len();
+                // On a busy wire it never is quiet.
+                if seen || is_quiet {
                     return Ok(sniffed);
                 }
             }
@@ -104,7 +109,8 @@ impl Capture {
     /// Ends the capture, and fails if it did not see everything.
     pub fn stop(self) -> Result<Recording> {
         let last_marker = mark(&self.netns)?;
-        self.stop.store(true, Ordering::SeqCst);
+        // Nobody else sets it.
+        self.stop.set(last_marker.clone()).ok();
         let sniffed =
             self.sniffer.join().map_err(|_| anyhow::anyhow!("the sniffer panicked"))??;
         for (marker, moment) in [(&self.first_marker, "start"), (&last_marker, "end")] {

@@ -35,7 +35,11 @@ pub(super) fn ask(address: SocketAddr, text: &str, times: u32, patience: u64) ->
 fn converse(address: SocketAddr, text: &str) -> io::Result<String> {
     let mut stream = connect(address)?;
     stream.write_all(text.as_bytes())?;
-    stream.shutdown(Shutdown::Write)?;
+    match stream.shutdown(Shutdown::Write) {
+        // It was reset already: the read says so.
+        Err(error) if error.kind() == ErrorKind::NotConnected => {}
+        outcome => outcome?,
+    }
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
     if answer.is_empty() {

@@ -14,7 +14,7 @@ use xtask::lab::traffic::canonical;
 pub(crate) const ECHO: u16 = 7000;
 /// Speaks first.
 pub(crate) const GREETING: u16 = 7001;
-/// `/ready` is 200 until somebody gets `/unready`.
+/// `/ready` is 200 until somebody gets `/unready`. The body says what was asked.
 pub(crate) const HTTP: u16 = 7002;
 /// The health service of gRPC.
 pub(crate) const GRPC: u16 = 7003;
@@ -77,5 +77,5 @@ fn http(mut stream: &TcpStream) -> io::Result<()> {
     }
     let unready = path == "/ready" && UNREADY.load(Ordering::Relaxed);
     let status = if unready { "503 Service Unavailable" } else { "200 OK" };
-    write!(stream, "HTTP/1.0 {status}\r\n\r\n{status}\n")
+    write!(stream, "HTTP/1.0 {status}\r\n\r\n{}\n", introduce(stream, path)?)
 }
