@@ -93,6 +93,7 @@ pub(crate) fn measure(
         Load::Held => {
             let held = memory::hold(subject)?;
             Ok(readings([
+                (Quantity::Count, held.connections as f64),
                 (Quantity::Idle, held.idle as f64 / MB),
                 (Quantity::Memory, held.per_connection as f64 / KB),
                 (Quantity::Left, held.left as f64 / MB),

@@ -53,6 +53,8 @@ pub(crate) enum Quantity {
     P50,
     /// Its 99th percentile.
     P99,
+    /// How many connections there were.
+    Count,
     /// Of a pod, to its first byte or to its certificate.
     Time,
     /// Of the proxy that needs most: before there was a connection.
@@ -151,6 +153,7 @@ impl Metric {
             Quantity::Cpu => " cpu",
             Quantity::P50 => " p50",
             Quantity::P99 => " p99",
+            Quantity::Count => " connections",
             Quantity::Time => " time",
             Quantity::Idle => " idle",
             Quantity::Memory => " memory",
@@ -166,6 +169,7 @@ impl Metric {
     pub(crate) const fn unit(self) -> &'static str {
         match (self.load, self.quantity) {
             (_, Quantity::P50 | Quantity::P99) => "µs",
+            (_, Quantity::Count) => "",
             (_, Quantity::Time) => "ms",
             (Load::Held, Quantity::Memory) => "KB/conn",
             (_, Quantity::Idle | Quantity::Memory | Quantity::Left) => "MB",

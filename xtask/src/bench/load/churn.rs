@@ -57,8 +57,8 @@ pub(crate) fn once(client: &Netns, to: SocketAddr) -> Result<()> {
     client.run(|| request(to, End::Server, &mut [0; 1024]))
 }
 
-/// Makes so many connections, and uses each once.
-pub(crate) fn hold(client: &Netns, to: SocketAddr, count: usize) -> Result<Vec<TcpStream>> {
+/// Makes about so many connections, and uses each once.
+pub(crate) fn hold(client: &Netns, to: SocketAddr, count: u64) -> Result<Vec<TcpStream>> {
     let connect = |_| -> Result<TcpStream> {
         let mut stream = TcpStream::connect_timeout(&to, TIMEOUT).context("connecting")?;
         ask(&mut stream, End::Client, &mut [0; 1024])?;
@@ -66,7 +66,7 @@ pub(crate) fn hold(client: &Netns, to: SocketAddr, count: usize) -> Result<Vec<T
     };
     client.run(|| {
         thread::scope(|scope| {
-            let part = || (0..count / AT_ONCE).map(connect).collect::<Result<Vec<_>>>();
+            let part = || (0..count / AT_ONCE as u64).map(connect).collect::<Result<Vec<_>>>();
             let threads: Vec<_> = (0..AT_ONCE).map(|_| scope.spawn(part)).collect();
             let parts = threads.into_iter().map(join).collect::<Result<Vec<_>>>()?;
             Ok(parts.into_iter().flatten().collect())

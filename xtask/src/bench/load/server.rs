@@ -15,7 +15,7 @@ pub(crate) const BODY: &str = "nodemesh-bench\n";
 pub(crate) fn start(lab: &Lab, pod: &Pod) -> Result<Process> {
     let directory = lab.directory(&format!("nginx-{}", pod.pod_name()))?;
     let config = format!(
-        "daemon off;\npid {directory}/pid;\nworker_processes auto;\nworker_rlimit_nofile 65536;\n\
+        "daemon off;\npid {directory}/pid;\nworker_processes auto;\n\
          events {{ worker_connections 16384; }}\n\
          http {{\n  access_log off;\n  keepalive_requests 1000000000;\n  keepalive_timeout 1h;\n\
          \x20 server {{\n    listen {PORT} reuseport;\n    listen [::]:{PORT} reuseport;\n\

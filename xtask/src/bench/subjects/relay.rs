@@ -92,8 +92,7 @@ impl Program {
 
 fn haproxy(end: &End<'_>, directory: &Path) -> Result<String> {
     let mut text = String::from(
-        "global\n  maxconn 16384\n\
-         defaults\n  mode tcp\n  maxconn 16384\n  timeout connect 5s\n  timeout client 1h\n\
+        "defaults\n  mode tcp\n  timeout connect 5s\n  timeout client 1h\n\
          \x20 timeout server 1h\n",
     );
     let tls = format!(
