@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::Result;
 use rcgen::{
-    BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
     KeyUsagePurpose,
 };
 
@@ -13,6 +13,7 @@ use rcgen::{
 /// `NODE.key`. The keys are ECDSA P-256, as the mesh's are.
 pub(crate) fn write(directory: &Path, nodes: &[&str]) -> Result<()> {
     let mut params = CertificateParams::default();
+    params.distinguished_name.push(DnType::CommonName, "bench");
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     let key = KeyPair::generate()?;
@@ -21,6 +22,8 @@ pub(crate) fn write(directory: &Path, nodes: &[&str]) -> Result<()> {
     let issuer = Issuer::new(params, key);
     for node in nodes {
         let mut params = CertificateParams::new([(*node).to_owned()])?;
+        // Another name than the CA's: OpenSSL takes it for self-signed otherwise.
+        params.distinguished_name.push(DnType::CommonName, *node);
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages =
             vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];

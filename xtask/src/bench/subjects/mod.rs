@@ -63,11 +63,11 @@ impl Subject {
     pub(crate) fn wait(&self) -> Result<()> {
         for endpoint in [Some(&self.far), self.near.as_ref()].into_iter().flatten() {
             let to = SocketAddr::new(endpoint.dialled, server::PORT);
-            let mut last = None;
+            let mut last = String::new();
             until("an answer through it", || {
-                churn::once(&self.client, to).map_err(|error| last = Some(error)).ok()
+                churn::once(&self.client, to).map_err(|error| last = format!("{error:#}")).ok()
             })
-            .with_context(|| format!("{last:?}"))?;
+            .context(last)?;
         }
         Ok(())
     }
