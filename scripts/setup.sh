@@ -4,6 +4,7 @@
 #
 #   scripts/setup.sh build   the eBPF toolchain only (what `cargo build` needs)
 #   scripts/setup.sh all     and the tools that the laboratory and the demo use (default)
+#   scripts/setup.sh bench   and what `cargo xtask bench` measures with and compares with
 #
 # The eBPF object needs `core` built from source for the BPF target, and bpf-linker built against
 # the LLVM of the rustc that emits the bitcode. Two worlds provide that:
@@ -112,13 +113,38 @@ ebpf_toolchain() {
     say "eBPF toolchain: $rustc with LLVM $llvm"
 }
 
+# Packages that would start a service, now and whenever the machine starts. Debian asks policy-rc.d,
+# if there is one, whether it may.
+apt_install_idle() {
+    local policy=/usr/sbin/policy-rc.d
+    [ "$(dpkg-query -W -f='${db:Status-Abbrev}' "$@" 2>/dev/null)" != "$(printf 'ii %.0s' "$@")" ] ||
+        return 0
+    if [ ! -e $policy ]; then
+        trap "as_root rm -f $policy" EXIT
+        printf '#!/bin/sh\nexit 101\n' | as_root install -m 755 /dev/stdin $policy
+    fi
+    apt_install "$@"
+    if command -v systemctl >/dev/null; then
+        as_root systemctl --quiet disable nginx haproxy stunnel4 2>/dev/null || true
+    fi
+}
+
+lab_tools() {
+    # The web server is apache2-bin: the program alone, while `apache2` would start a service.
+    apt_install apache2-bin curl iproute2 nftables
+}
+
 case $what in
 build) ebpf_toolchain ;;
 all)
     ebpf_toolchain
-    # The web server is apache2-bin: the program alone, while `apache2`, like every package of
-    # nginx, would start a service on this machine.
-    apt_install apache2-bin curl iproute2 nftables
+    lab_tools
     ;;
-*) die "usage: scripts/setup.sh [build|all]" ;;
+bench)
+    ebpf_toolchain
+    lab_tools
+    apt_install wrk
+    apt_install_idle nginx-light haproxy stunnel4
+    ;;
+*) die "usage: scripts/setup.sh [build|all|bench]" ;;
 esac

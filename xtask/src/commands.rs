@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::env;
 use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -16,6 +17,8 @@ enum Tools {
     Build,
     /// What the laboratory and the demo need too.
     All,
+    /// And what the bench compares with.
+    Bench,
 }
 
 /// Builds the binaries for the laboratory.
@@ -105,6 +108,17 @@ pub(crate) fn prepare_demo() -> Result<()> {
     build_binaries(cargo().arg("build"))
 }
 
+/// Installs what the bench needs, builds the binaries that it measures and this program as they are
+/// deployed, and becomes the latter: what generates load must not be what limits it.
+pub(crate) fn become_bench() -> Result<()> {
+    ensure_root()?;
+    setup(Tools::Bench)?;
+    build_binaries(cargo().args(["build", "--release", "--package", "xtask"]))?;
+    let mut command = Command::new(root()?.join("target/release/xtask"));
+    command.args(env::args_os().skip(1)).arg("--built");
+    Err(command.exec()).context("running the release build of xtask")
+}
+
 fn ensure_root() -> Result<()> {
     ensure!(
         nix::unistd::geteuid().is_root(),
@@ -183,6 +197,7 @@ fn setup(tools: Tools) -> Result<()> {
     let what = match tools {
         Tools::Build => "build",
         Tools::All => "all",
+        Tools::Bench => "bench",
     };
     run(Command::new(root()?.join("scripts/setup.sh")).arg(what))
 }

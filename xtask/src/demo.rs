@@ -11,7 +11,6 @@ use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use nix::sys::signal::{SigSet, Signal};
 use tempfile::TempDir;
 use xtask::lab::mesh::Settings;
 use xtask::lab::packet::Segment;
@@ -32,7 +31,11 @@ struct Stage {
 
 /// Plays the whole demonstration, and cleans up after itself.
 pub(crate) fn run() -> Result<()> {
-    clean_up_on_interrupt()?;
+    lab::clean_up_on_interrupt(|| {
+        for directory in own_directories() {
+            fs::remove_dir_all(directory).ok();
+        }
+    })?;
     let began = Instant::now();
     let stage = set_up()?;
     let ready = began.elapsed();
@@ -352,20 +355,4 @@ fn own_directories() -> Vec<PathBuf> {
     };
     let Ok(entries) = fs::read_dir(std::env::temp_dir()) else { return Vec::new() };
     entries.flatten().map(|entry| entry.path()).filter(is_own).collect()
-}
-
-/// Ctrl-C removes what the demo made, then ends it. Must be called before there is any thread.
-fn clean_up_on_interrupt() -> Result<()> {
-    let signals = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM]);
-    signals.thread_block().context("blocking the signals")?;
-    thread::spawn(move || {
-        if signals.wait().is_ok() {
-            eprintln!("\ninterrupted: cleaning up");
-            for directory in own_directories() {
-                fs::remove_dir_all(directory).ok();
-            }
-            lab::remove_own_and_exit(130);
-        }
-    });
-    Ok(())
 }

@@ -1,4 +1,4 @@
-//! Developer commands: `cargo xtask build | test | lint | demo | image | manifests | e2e`.
+//! Developer commands: `cargo xtask build | test | lint | demo | bench | image | manifests | e2e`.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
+mod bench;
 mod commands;
 mod demo;
 mod deploy;
@@ -39,6 +40,8 @@ enum Verb {
     },
     /// Watch two nodes and four pods with and without the mesh. Needs root.
     Demo,
+    /// Measure the mesh beside plain TCP and other proxies. Needs root.
+    Bench(bench::Arguments),
     /// Make the container images: an OCI archive for `ctr -n k8s.io images import`.
     Image {
         /// Where to write it.
@@ -87,6 +90,8 @@ fn run(arguments: Arguments) -> Result<()> {
             commands::prepare_demo()?;
             demo::run()
         }
+        Verb::Bench(arguments) if arguments.built => bench::run(&arguments),
+        Verb::Bench(_) => commands::become_bench(),
         Verb::Image { archive, tag, debug, with_e2e } => {
             image::write(&commands::build_static(!debug, with_e2e)?, with_e2e, &tag, &archive)
         }

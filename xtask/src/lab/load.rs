@@ -95,8 +95,10 @@ impl Load {
     }
 }
 
-/// Also when the work panics: the scope waits for its threads before the panic goes on.
-struct Stop<'a>(&'a AtomicBool);
+/// Sets a flag when it is dropped, also when the work panics: a scope waits for its threads before
+/// the panic goes on.
+#[derive(Debug)]
+pub struct Stop<'a>(pub &'a AtomicBool);
 
 impl Drop for Stop<'_> {
     fn drop(&mut self) {

@@ -92,6 +92,15 @@ impl Mesh {
         })
     }
 
+    /// Waits until every agent knows at least so many workloads.
+    pub fn wait_registered(&self, count: usize) -> Result<()> {
+        until("the workloads to be registered", || {
+            let status = self.control.status().ok()?;
+            (status["workloads"].as_u64()? >= count as u64).then_some(())
+        })?;
+        self.wait_synced()
+    }
+
     /// Puts a service into force, or changes it, and waits until every agent knows.
     pub fn serve(&self, name: &str, text: &str) -> Result<()> {
         self.control.serve(name, text)?;

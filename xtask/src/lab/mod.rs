@@ -12,10 +12,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Once, PoisonError, RwLock, RwLockReadGuard};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::signal::{SigSet, Signal};
 use serde_json::Value;
 
 pub mod agent;
@@ -154,7 +156,7 @@ pub fn until<T>(what: &str, mut attempt: impl FnMut() -> Option<T>) -> Result<T>
         if Instant::now() > deadline {
             bail!("waited {} s in vain: {what}", PATIENCE.as_secs());
         }
-        std::thread::sleep(Duration::from_millis(5));
+        thread::sleep(Duration::from_millis(5));
     }
 }
 
@@ -208,8 +210,23 @@ fn making() -> RwLockReadGuard<'static, ()> {
     MAKING.read().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Ctrl-C removes every laboratory of this process, and what `also` removes, then ends it. Must be
+/// called before there is any thread.
+pub fn clean_up_on_interrupt(also: impl FnOnce() + Send + 'static) -> Result<()> {
+    let signals = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM]);
+    signals.thread_block().context("blocking the signals")?;
+    thread::spawn(move || {
+        if signals.wait().is_ok() {
+            eprintln!("\ninterrupted: cleaning up");
+            also();
+            remove_own_and_exit(130);
+        }
+    });
+    Ok(())
+}
+
 /// Removes every laboratory of this process, and ends it.
-pub fn remove_own_and_exit(status: i32) -> ! {
+fn remove_own_and_exit(status: i32) -> ! {
     // Held to the end: another thread may be about to make the next namespace.
     let _nothing_more = MAKING.write().unwrap_or_else(PoisonError::into_inner);
     let own = std::process::id();

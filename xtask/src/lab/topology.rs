@@ -9,6 +9,7 @@
 //! | outside           | 172.30.0.200/24 | fd78::200/64   |
 //! | pod P on node N   | 10.77.N.P/24    | fd77:N::P/64   |
 //! | node N, to pods   | 10.77.N.1/24    | fd77:N::1/64   |
+//! | crowd on node N   | 10.77.100.1/24… | fd77:N::1:0/64 |
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::Deref;
@@ -68,6 +69,16 @@ impl Node {
     /// The node's name.
     pub fn node_name(&self) -> &str {
         &self.name
+    }
+
+    /// Its IPv4 address on the wire.
+    pub fn address(&self) -> IpAddr {
+        Ipv4Addr::new(172, 30, 0, self.number).into()
+    }
+
+    /// Its IPv4 address towards its pods.
+    pub fn address_to_pods(&self) -> IpAddr {
+        Ipv4Addr::new(10, 77, self.number, 1).into()
     }
 
     /// The routes that lead to the node's pods from elsewhere on the wire.
@@ -184,19 +195,26 @@ impl Lab {
     }
 
     fn pod_at(&mut self, node: &Node, name: &str, number: u8) -> Result<Pod> {
-        let netns = self.add_namespace(&format!("{}-{name}", node.name))?;
         let n = node.number;
         // The addresses are written as the table above shows them, digits as they are.
-        let v6 = |host: u8| format!("fd77:{n}::{host}").parse::<Ipv6Addr>();
-        let gateways = [Ipv4Addr::new(10, 77, n, 1).into(), v6(1)?.into()];
-        let pod = Pod {
-            name: name.to_owned(),
-            node: node.name.clone(),
-            v4: Ipv4Addr::new(10, 77, n, number),
-            v6: v6(number)?,
-            gateways,
-            netns,
-        };
+        let v6 = format!("fd77:{n}::{number}").parse()?;
+        self.pod_with(node, name, Ipv4Addr::new(10, 77, n, number), v6)
+    }
+
+    /// Adds a pod of which there may be hundreds on a node, with addresses that lead nowhere.
+    pub fn pod_of_crowd(&mut self, node: &Node, number: u16) -> Result<Pod> {
+        let (network, host) = (u8::try_from(100 + number / 250)?, u8::try_from(1 + number % 250)?);
+        let v4 = Ipv4Addr::new(10, 77, network, host);
+        let v6 = format!("fd77:{}::1:{number}", node.number).parse()?;
+        self.pod_with(node, &format!("crowd{number}"), v4, v6)
+    }
+
+    fn pod_with(&mut self, node: &Node, name: &str, v4: Ipv4Addr, v6: Ipv6Addr) -> Result<Pod> {
+        let netns = self.add_namespace(&format!("{}-{name}", node.name))?;
+        let gateway_v6: Ipv6Addr = format!("fd77:{}::1", node.number).parse()?;
+        let gateways = [node.address_to_pods(), gateway_v6.into()];
+        let (name, node_name) = (name.to_owned(), node.name.clone());
+        let pod = Pod { name, node: node_name, v4, v6, gateways, netns };
         let peer = pod.peer_device();
         // As CNI's bridge plugin does it: who gets an address gets the hardware address that the
         // node remembers for it.
@@ -216,8 +234,8 @@ impl Lab {
             format!("addr add {}/24 dev eth0", pod.v4),
             format!("addr add {}/64 dev eth0 nodad", pod.v6),
             "link set eth0 up".to_owned(),
-            format!("route add default via {v4}"),
-            format!("route add ::/0 via {v6}"),
+            format!("route add default via {v4} dev eth0 onlink"),
+            format!("route add ::/0 via {v6} dev eth0"),
         ])?;
         Ok(pod)
     }
