@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
+use xtask::lab::until;
+
 use super::load::{churn, server};
 use super::subjects::Subject;
 
@@ -16,6 +18,8 @@ const HELD: u64 = 10_000;
 /// A proxy has two for each connection, and some of its own.
 const FILES: u64 = 2 * HELD + OWN_FILES;
 const OWN_FILES: u64 = 1_000;
+/// What a proxy may keep open for later connections.
+const KEPT_FILES: usize = 500;
 /// Memory that was not given back for so long is not given back.
 const SETTLED: Duration = Duration::from_secs(5);
 const LONGEST: Duration = Duration::from_secs(60);
@@ -44,11 +48,14 @@ pub(crate) fn hold(subject: &Subject) -> Result<Held> {
     ensure!(!subject.proxies.is_empty(), "it names no process whose memory could be looked at");
     let (limit, _) = getrlimit(Resource::RLIMIT_NOFILE)?;
     let count = HELD.min(limit.saturating_sub(OWN_FILES) / 2);
-    let before = resident(&subject.proxies)?;
+    let (before, files) = (resident(&subject.proxies)?, open_files(&subject.proxies)?);
     let to = SocketAddr::new(subject.far.dialled, server::PORT);
     let connections = churn::hold(&subject.client, to, count)?;
     let (with, held) = (resident(&subject.proxies)?, connections.len() as u64);
     drop(connections);
+    until("the proxies to have closed the connections", || {
+        open_files(&subject.proxies).ok().filter(|now| *now <= files + KEPT_FILES)
+    })?;
     let after = settled(&subject.proxies)?;
     let most = |now: &[u64]| {
         now.iter().zip(&before).map(|(now, before)| now.saturating_sub(*before)).max().unwrap_or(0)
@@ -74,6 +81,12 @@ fn settled(pids: &[u32]) -> Result<Vec<u64>> {
         }
     }
     Ok(least)
+}
+
+/// How many files all of them have open.
+fn open_files(pids: &[u32]) -> Result<usize> {
+    let of = |pid: &u32| Ok(fs::read_dir(format!("/proc/{pid}/fd"))?.count());
+    pids.iter().map(of).sum()
 }
 
 /// Bytes in memory of each process.

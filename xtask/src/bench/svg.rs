@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::plan::{Load, Metric, Quantity, Route};
+use super::plan::{End, Load, Metric, Quantity, Route};
 use super::results::Results;
 use super::stats::Summary;
 use super::subjects::plain;
@@ -125,7 +125,13 @@ fn title(metric: Metric) -> String {
         Load::Bulk { streams } => format!("{streams} bulk streams"),
         Load::KeepAlive { connections: 1 } => "requests, 1 connection".into(),
         Load::KeepAlive { connections } => format!("requests, {connections} connections"),
-        load => load.name(),
+        Load::New { closes: End::Client } => "connections, client closes".into(),
+        Load::New { closes: End::Server } => "connections, server closes".into(),
+        Load::Sustained { closes: End::Client } => "for a minute, client closes".into(),
+        Load::Sustained { closes: End::Server } => "for a minute, server closes".into(),
+        Load::Beside | Load::Held | Load::Enrolment | Load::Crowd | Load::Remote => {
+            metric.load.name()
+        }
     };
     if metric.route == Route::Near { format!("{what}, one node") } else { what }
 }

@@ -52,9 +52,10 @@ impl Subject {
 
     /// Whether it has what this load needs.
     pub(crate) fn has(&self, route: Route, load: Load) -> bool {
-        let is_able = match load {
-            Load::Held => !self.proxies.is_empty(),
-            load => !load.is_of_mesh() || self.name == nodemesh::NAME,
+        let is_able = if load == Load::Held {
+            !self.proxies.is_empty()
+        } else {
+            !load.is_of_mesh() || self.name == nodemesh::NAME
         };
         is_able && self.endpoint(route).is_some()
     }
