@@ -13,7 +13,7 @@ pub const ENABLED: &str = "enabled";
 pub const DISABLED: &str = "disabled";
 
 /// The kubelet's annotation of the stand-in for a static pod: what it calls the pod itself.
-const MIRROR: &str = "kubernetes.io/config.mirror";
+pub const MIRROR: &str = "kubernetes.io/config.mirror";
 
 /// Namespaces that are never in the mesh, so that nothing that the mesh needs waits for the mesh.
 /// The namespace in which nodemesh itself is installed is another one.

@@ -16,7 +16,7 @@ use kube::{
         watcher,
     },
 };
-use mesh_common::membership::MESH;
+use mesh_common::membership::{MESH, MIRROR};
 use serde::de::DeserializeOwned;
 use tokio::sync::Notify;
 
@@ -145,7 +145,7 @@ fn strip(metadata: &mut ObjectMeta, keys: &[&str]) {
 }
 
 fn strip_pod(pod: &mut Pod) {
-    strip(&mut pod.metadata, &[MESH, registry::TEMPLATE_HASH]);
+    strip(&mut pod.metadata, &[MESH, MIRROR, registry::TEMPLATE_HASH]);
     pod.spec = pod.spec.take().map(|spec| PodSpec {
         node_name: spec.node_name,
         service_account_name: spec.service_account_name,
