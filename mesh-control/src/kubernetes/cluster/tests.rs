@@ -90,6 +90,20 @@ async fn events_change_the_workloads_also_twice() {
 }
 
 #[tokio::test]
+async fn a_static_pod_stays_who_it_is_when_its_stand_in_is_deleted() {
+    let stand_in = |uid, ip, version| {
+        let mut pod = pod(uid, ip, version);
+        pod["metadata"]["annotations"] = json!({"kubernetes.io/config.mirror": "static"});
+        pod
+    };
+    let (first, second) = (stand_in("a", "10.0.0.1", 2), stand_in("b", "10.0.0.2", 3));
+    let events = vec![event("DELETED", &first), event("ADDED", &second)];
+    let cluster = cluster(vec![vec![first]], vec![events]);
+    cluster.ready().await.unwrap();
+    until(&cluster, &[("static", "10.0.0.2")]).await;
+}
+
+#[tokio::test]
 async fn events_of_what_is_unknown_are_no_harm() {
     let (a, b) = (pod("a", "10.0.0.1", 2), pod("b", "10.0.0.2", 3));
     let events = vec![event("DELETED", &b), event("MODIFIED", &a), event("ADDED", &a)];
