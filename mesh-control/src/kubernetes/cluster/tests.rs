@@ -207,11 +207,3 @@ async fn what_is_not_needed_is_not_kept() {
     assert!(!metadata.labels.as_ref().unwrap().contains_key("big"));
     assert!(kept[0].spec.as_ref().unwrap().containers.is_empty());
 }
-
-#[tokio::test]
-async fn a_static_pod_keeps_what_tells_its_own_uid() {
-    let mut stand_in = pod("a", "10.0.0.1", 2);
-    stand_in["metadata"]["annotations"] = json!({"kubernetes.io/config.mirror": "hash"});
-    let cluster = cluster(vec![vec![stand_in]], Vec::new());
-    until(&cluster, &[("hash", "10.0.0.1")]).await;
-}
