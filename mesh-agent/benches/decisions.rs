@@ -68,7 +68,10 @@ fn decisions(criterion: &mut Criterion) {
     let (client, server) = (address(0), SocketAddr::new(address(WORKLOADS - 1), 80));
     let outside = SocketAddr::from(([192, 0, 2, 1], 443));
     let decide = |to| policy.egress("uid-0", client, black_box(to), &registry);
-    assert!(matches!(decide(server), Verdict::Mesh(_)) && matches!(decide(outside), Verdict::Plaintext(_)));
+    assert!(
+        matches!(decide(server), Verdict::Mesh(_))
+            && matches!(decide(outside), Verdict::Plaintext(_))
+    );
     criterion.bench_function("policy/egress to a pod", |bencher| bencher.iter(|| decide(server)));
     criterion.bench_function("policy/egress outside", |bencher| bencher.iter(|| decide(outside)));
     criterion.bench_function("registry/by address", |bencher| {
