@@ -15,6 +15,7 @@ use crate::{
     identity::{self, Identity},
     kubernetes::{Controller, Unguarded},
     logging, node,
+    observer::Observer,
     pod::{
         ledger::Ledger,
         manager::{self, Manager, Node},
@@ -64,11 +65,13 @@ pub fn run(config: Config) -> Result<()> {
             pins = %datapath.pin_directory().display(),
             "the eBPF programs are attached"
         );
+        let (state, state_seen) = watch::channel(None);
         let identity = Identity::start(identity::Config {
             node: config.node.clone(),
             control_plane: config.control_plane.iter().map(ToString::to_string).collect(),
             credential: config.credential(),
             runtime_dir: config.runtime_dir.clone(),
+            state: state_seen,
         })?;
         let (source, pods) = DirectorySource::new(config.pods_dir.clone(), config.udp);
         let files = pods.clone();
@@ -104,6 +107,15 @@ pub fn run(config: Config) -> Result<()> {
             );
             AbortOnDropHandle::new(tokio::spawn(controller.run()))
         });
+        let view = manager.view();
+        let observer = Observer {
+            pods: Box::new(move || view.observed()),
+            unguarded: unguarded_seen.clone(),
+            reports: Arc::clone(node.stats.reports()),
+            state,
+        };
+        let _observer = AbortOnDropHandle::new(tokio::spawn(observer.run()));
+        let _reporting = node.identity.report(Arc::clone(node.stats.reports()));
         let admin = Arc::new(Admin {
             node: node.config.node.clone(),
             started: SystemTime::now(),

@@ -12,6 +12,7 @@ pub mod identity;
 pub mod kubernetes;
 pub mod logging;
 pub mod node;
+pub mod observer;
 pub mod pod;
 pub mod policy;
 pub mod proxy;

@@ -6,6 +6,7 @@
 mod access;
 mod handshake;
 mod problems;
+mod reports;
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -23,6 +24,7 @@ use tokio_util::sync::CancellationToken;
 pub use self::{
     handshake::HandshakeFailure,
     problems::{Problem, Problems},
+    reports::{Report, Reports},
 };
 use crate::{
     identity::Workload,
@@ -138,30 +140,42 @@ pub struct Totals {
 pub struct Stats {
     pods: RwLock<BTreeMap<String, Arc<PodStats>>>,
     connections_per_pod: usize,
+    reports: Arc<Reports>,
 }
 
 impl Stats {
     /// Nothing yet. A pod's connections beyond `connections_per_pod` are refused.
     pub fn new(connections_per_pod: usize) -> Self {
-        Self { pods: RwLock::default(), connections_per_pod }
+        Self { pods: RwLock::default(), connections_per_pod, reports: Arc::default() }
     }
 
     /// The counts of a pod, from zero if it is new.
     pub fn pod(&self, uid: &str) -> Arc<PodStats> {
         let mut pods = self.pods.write().unwrap_or_else(PoisonError::into_inner);
-        let new = || Arc::new(PodStats::new(self.connections_per_pod));
+        let new = || {
+            let reports = Arc::clone(&self.reports);
+            Arc::new(PodStats::new(uid, self.connections_per_pod, reports))
+        };
         Arc::clone(pods.entry(uid.to_owned()).or_insert_with(new))
     }
 
     /// Drops the counts of a pod that was un-enrolled.
     pub fn forget(&self, uid: &str) {
         self.pods.write().unwrap_or_else(PoisonError::into_inner).remove(uid);
+        self.reports.forget(uid);
+    }
+
+    /// What the owners of applications must see.
+    pub const fn reports(&self) -> &Arc<Reports> {
+        &self.reports
     }
 }
 
 /// The counts of one pod.
 #[derive(Debug)]
 pub struct PodStats {
+    uid: String,
+    reports: Arc<Reports>,
     limit: usize,
     table: Mutex<Table>,
     denied: [[AtomicU64; DenyReason::ALL.len()]; 2],
@@ -179,8 +193,10 @@ struct Table {
 }
 
 impl PodStats {
-    fn new(limit: usize) -> Self {
+    fn new(uid: &str, limit: usize, reports: Arc<Reports>) -> Self {
         Self {
+            uid: uid.to_owned(),
+            reports,
             limit,
             table: Mutex::default(),
             denied: Default::default(),
@@ -226,10 +242,13 @@ impl PodStats {
         Ok(ConnectionGuard { pod: Arc::clone(self), id, connection, end: None })
     }
 
-    /// Counts and logs a connection that is refused.
+    /// Counts, logs and, if the pod's owner should know, reports a connection that is refused.
     pub fn deny(&self, parties: &Parties, reason: DenyReason) {
         self.denied[parties.direction as usize][reason.index()].fetch_add(1, Ordering::Relaxed);
         access::log_denied(parties, reason);
+        if let Some(report) = Report::of_denied(parties, reason) {
+            self.reports.add(&self.uid, report);
+        }
     }
 
     /// Ends the open connections that are no longer allowed, as `judge` says with a reason.

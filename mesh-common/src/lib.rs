@@ -1,10 +1,10 @@
 //! What more than one part of nodemesh must agree on.
 //!
 //! * [`abi`]: the types that the eBPF programs and the agent share through maps. `no_std`.
-//! * `api`, `spiffe`, `svid`, `join`, `log`, `ending`, `membership` (feature `user`): the control
-//!   plane's gRPC API, the names of workloads, the certificates that prove them, the tokens that
-//!   nodes join with, what is to be logged, when a program is told to end, and which pods of a
-//!   Kubernetes cluster are in the mesh.
+//! * `api`, `spiffe`, `svid`, `join`, `log`, `ending`, `membership`, `report` (feature `user`): the
+//!   control plane's gRPC API, the names of workloads, the certificates that prove them, the tokens
+//!   that nodes join with, what is to be logged, when a program is told to end, which pods of a
+//!   Kubernetes cluster are in the mesh, and what their owners are told.
 #![cfg_attr(not(feature = "user"), no_std)]
 
 pub mod abi;
@@ -20,6 +20,8 @@ pub mod join;
 pub mod log;
 #[cfg(feature = "user")]
 pub mod membership;
+#[cfg(feature = "user")]
+pub mod report;
 #[cfg(feature = "user")]
 pub mod spiffe;
 #[cfg(feature = "user")]

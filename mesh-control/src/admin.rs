@@ -22,8 +22,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     control::{AdminError, Control},
+    kubernetes::cluster::Cluster,
     registry::Workload,
-    status,
+    replicas, status,
 };
 
 /// Asks for a join token.
@@ -73,17 +74,26 @@ pub async fn bind(path: &Path) -> anyhow::Result<UnixListener> {
     Ok(listener)
 }
 
-/// Serves the operator until `shutdown`.
+/// What the operator asks.
+#[derive(Clone, Debug)]
+struct Desk {
+    control: Arc<Control>,
+    cluster: Option<Arc<Cluster>>,
+}
+
+/// Serves the operator until `shutdown`. A `cluster` knows the other replicas, and who is outside of
+/// the mesh.
 ///
 /// # Errors
 ///
 /// What the kernel says.
 pub async fn serve(
     control: Arc<Control>,
+    cluster: Option<Arc<Cluster>>,
     listener: UnixListener,
     shutdown: CancellationToken,
 ) -> io::Result<()> {
-    axum::serve(RootOnly(listener), router(control))
+    axum::serve(RootOnly(listener), router(Desk { control, cluster }))
         .with_graceful_shutdown(shutdown.cancelled_owned())
         .await
 }
@@ -112,22 +122,30 @@ impl axum::serve::Listener for RootOnly {
     }
 }
 
-fn router(control: Arc<Control>) -> Router {
+fn router(desk: Desk) -> Router {
     Router::new()
         .route("/v1/status", get(show))
         .route("/v1/tokens", post(create_token))
         .route("/v1/workloads", put(register))
         .route("/v1/workloads/{uid}", delete(deregister))
         .layer(DefaultBodyLimit::max(64 * 1024))
-        .with_state(control)
+        .with_state(desk)
 }
 
-async fn show(State(control): State<Arc<Control>>) -> Json<status::Status> {
-    Json(status::gather(&control, SystemTime::now()))
+async fn show(State(Desk { control, cluster }): State<Desk>) -> Json<status::Status> {
+    Json(show_all(&control, cluster.as_deref()).await)
+}
+
+/// Asks every replica. The answer of one that is silent takes some seconds.
+pub async fn show_all(control: &Control, cluster: Option<&Cluster>) -> status::Status {
+    let addresses = cluster.map(Cluster::replicas).unwrap_or_default();
+    let others = replicas::ask(control, &addresses).await;
+    let own = status::gather(control, SystemTime::now());
+    status::whole(own, others, &control.view(), cluster.map(Cluster::outside))
 }
 
 async fn create_token(
-    State(control): State<Arc<Control>>,
+    State(Desk { control, .. }): State<Desk>,
     Json(request): Json<TokenRequest>,
 ) -> Response {
     blocking(move || {
@@ -137,12 +155,15 @@ async fn create_token(
     .await
 }
 
-async fn register(State(control): State<Arc<Control>>, Json(workload): Json<Workload>) -> Response {
+async fn register(
+    State(Desk { control, .. }): State<Desk>,
+    Json(workload): Json<Workload>,
+) -> Response {
     blocking(move || control.register(&workload).map(|()| StatusCode::NO_CONTENT)).await
 }
 
 async fn deregister(
-    State(control): State<Arc<Control>>,
+    State(Desk { control, .. }): State<Desk>,
     UrlPath(uid): UrlPath<String>,
 ) -> Response {
     blocking(move || control.deregister(&uid).map(|()| StatusCode::NO_CONTENT)).await

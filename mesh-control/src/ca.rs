@@ -170,11 +170,11 @@ fn profile(subject: &Subject) -> Result<CertificateParams, rcgen::Error> {
     params.subject_alt_names = vec![SanType::URI(subject.id.to_string().try_into()?)];
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
     params.extended_key_usages = match Kind::of(&subject.id) {
-        Kind::Workload => {
+        // Replicas of the control plane ask each other.
+        Kind::Workload | Kind::Control => {
             vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth]
         }
         Kind::Node => vec![ExtendedKeyUsagePurpose::ClientAuth],
-        Kind::Control => vec![ExtendedKeyUsagePurpose::ServerAuth],
     };
     params.custom_extensions = subject.pod.iter().map(pod_extension).collect();
     params.use_authority_key_identifier_extension = true;

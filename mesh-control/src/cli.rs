@@ -20,7 +20,7 @@ use crate::{
     kubernetes::preflight::{self, Verdict},
     registry::{self, Workload},
     run::run,
-    status::Status,
+    status::{Status, Text},
 };
 
 /// What exit status a bad command line or configuration ends with: `EX_USAGE` of sysexits(3).
@@ -78,14 +78,17 @@ enum Command {
         #[arg(long, default_value = "nodemesh-system")]
         namespace: String,
     },
-    /// Show agents, certificates, refusals and everything that is wrong.
+    /// Show the whole mesh: replicas, nodes, pods, certificates and everything that is wrong.
     ///
     /// Exit status: 0 healthy, 1 degraded (the output says why), 2 the server does not answer.
     Status {
         #[command(flatten)]
         server: ServerArgs,
-        /// Print JSON, as documented in docs/control.md.
+        /// Show each pod, and not only how many there are in each namespace.
         #[arg(long)]
+        pods: bool,
+        /// Print JSON, with each pod, as documented in docs/control.md.
+        #[arg(long, conflicts_with = "pods")]
         json: bool,
     },
 }
@@ -206,14 +209,14 @@ pub fn main() -> ExitCode {
             let can = findings.iter().all(|finding| finding.verdict != Verdict::Problem);
             Ok(if can { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }),
-        Command::Status { server, json } => finish(async {
+        Command::Status { server, pods, json } => finish(async {
             let socket = &server.admin_socket;
             let answer = request::<()>(socket, Method::GET, "/v1/status", None).await?;
             let status: Status = serde_json::from_slice(&answer)?;
             if json {
                 println!("{}", serde_json::to_string_pretty(&status)?);
             } else {
-                print!("{status}");
+                print!("{}", Text { status: &status, pods });
             }
             Ok(if status.degraded.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }),

@@ -7,7 +7,7 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use anyhow::Context as _;
@@ -33,6 +33,7 @@ use crate::{
     metrics::Metrics,
     refusal::Refusal,
     registry::{self, Problem, Registry, Workload},
+    reports::Budget,
     services::{self, Services},
     sessions::Sessions,
     snapshot::Publisher,
@@ -54,8 +55,13 @@ pub struct Control {
     identity: ArcSwap<Identity>,
     /// Held while the authority or the server's own certificate is replaced.
     trouble: Mutex<Trouble>,
+    budget: Mutex<Budget>,
     /// The agents that are connected.
     pub sessions: Sessions,
+    /// Of this replica: its host's, on Kubernetes its pod's.
+    pub name: String,
+    /// Another one for each process.
+    pub instance: u64,
     /// The counters.
     pub metrics: Metrics,
     /// When the server was started.
@@ -159,7 +165,10 @@ impl Control {
             heard: AtomicBool::new(false),
             identity: ArcSwap::from_pointee(identity),
             trouble: Mutex::default(),
+            budget: Mutex::default(),
             sessions: Sessions::default(),
+            name: host_name(),
+            instance: rand::random(),
             metrics,
             started: now,
             config,
@@ -442,15 +451,9 @@ impl Control {
         now: SystemTime,
     ) -> Result<Issued, Refusal> {
         let view = self.view.load();
-        let (uid, node) = (uid.to_owned(), node.to_owned());
-        let subject = match view.registry.get(&uid) {
-            Some(workload) if workload.node == node => {
-                let id = workload.id(&self.config.trust_domain).map_err(SvidError::from)?;
-                Subject { id, pod: Some(workload.pod()) }
-            }
-            Some(_) => return Err(Refusal::ForeignPod { uid, node }),
-            None => return Err(Refusal::UnknownPod { uid, node }),
-        };
+        let workload = view.registry.on_node(uid, node)?;
+        let id = workload.id(&self.config.trust_domain).map_err(SvidError::from)?;
+        let subject = Subject { id, pod: Some(workload.pod()) };
         self.issue(&subject, &ca::requested_key(csr)?, self.config.svid_lifetime, now)
     }
 
@@ -480,8 +483,7 @@ impl Control {
         chain: Option<&[CertificateDer<'static>]>,
         now: SystemTime,
     ) -> Result<(String, Leaf), Refusal> {
-        let chain = chain.ok_or(Refusal::NoCertificate)?;
-        let leaf = self.view.load().bundle.verify(chain, Usage::Client, unix(now))?;
+        let leaf = self.verify(chain, now)?;
         let SpiffeId::Node(_, node) = &leaf.id else {
             return Err(SvidError::Kind { expected: Kind::Node, found: leaf.id }.into());
         };
@@ -512,6 +514,36 @@ impl Control {
     /// Notes what is wrong with the Secret of the CA, or that nothing is.
     pub fn set_secret_trouble(&self, trouble: Option<String>) {
         self.trouble.lock().unwrap_or_else(PoisonError::into_inner).secret = trouble;
+    }
+
+    /// Decides whether a connection is of a replica of this control plane, from the chain it showed.
+    ///
+    /// # Errors
+    ///
+    /// A [`Refusal`].
+    pub fn authenticate_replica(
+        &self,
+        chain: Option<&[CertificateDer<'static>]>,
+        now: SystemTime,
+    ) -> Result<(), Refusal> {
+        match self.verify(chain, now)?.id {
+            SpiffeId::Control(_) => Ok(()),
+            found => Err(SvidError::Kind { expected: Kind::Control, found }.into()),
+        }
+    }
+
+    fn verify(
+        &self,
+        chain: Option<&[CertificateDer<'static>]>,
+        now: SystemTime,
+    ) -> Result<Leaf, Refusal> {
+        let chain = chain.ok_or(Refusal::NoCertificate)?;
+        Ok(self.view.load().bundle.verify(chain, Usage::Client, unix(now))?)
+    }
+
+    /// Whether one more report of this pod may be shown.
+    pub fn may_report(&self, pod: &Workload, now: Instant) -> bool {
+        self.budget.lock().unwrap_or_else(PoisonError::into_inner).take(pod, now)
     }
 
     /// Renews what is past half of its life: the issuing CA, and the server's own certificate.
@@ -578,6 +610,10 @@ fn log_changes(before: &View, after: &View) {
         let roots: Vec<_> = after.bundle.fingerprints().iter().map(ToString::to_string).collect();
         tracing::info!(?roots, "trust bundle");
     }
+}
+
+fn host_name() -> String {
+    nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()).unwrap_or_default()
 }
 
 /// The form in which certificates are judged.

@@ -1,11 +1,13 @@
 //! The control plane on Kubernetes: the API server says which pods there are, who an agent is and
 //! where the CA's key is kept.
 //!
-//! Replicas know nothing of each other: each watches on its own, and any can sign. Nothing needs a
+//! Replicas need nothing of each other: each watches on its own, and any can sign. Nothing needs a
 //! leader: what only one of them may do is a write that fails if another one was first.
 
 pub mod attest;
 pub mod cluster;
+pub mod events;
+pub mod pods;
 pub mod preflight;
 pub mod registry;
 pub mod rotation;

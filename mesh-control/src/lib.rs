@@ -16,6 +16,8 @@ pub mod kubernetes;
 pub mod metrics;
 pub mod refusal;
 pub mod registry;
+pub mod replicas;
+pub mod reports;
 pub mod run;
 pub mod server;
 pub mod service;

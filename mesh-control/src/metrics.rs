@@ -19,7 +19,32 @@ pub struct Metrics {
     registry: Registry,
     issued: Family<Label, Counter>,
     refused: Family<Label, Counter>,
+    events: Family<Label, Counter>,
     gauges: Gauges,
+}
+
+/// What has become of something that the owner of an application should see.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It is an Event of the pod.
+    Written,
+    /// The API server did not take it.
+    Failed,
+    /// There was too much at once, of the pod, its node or all of them.
+    Dropped,
+}
+
+impl Outcome {
+    const ALL: [Self; 3] = [Self::Written, Self::Failed, Self::Dropped];
+
+    const fn label(self) -> Label {
+        let name = match self {
+            Self::Written => "written",
+            Self::Failed => "failed",
+            Self::Dropped => "dropped",
+        };
+        [("outcome", name)]
+    }
 }
 
 /// What is so at the moment: set before each scrape.
@@ -49,6 +74,8 @@ impl Default for Metrics {
         let (issued, refused) = (Family::default(), Family::default());
         registry.register("certificates_issued", "Certificates issued", Family::clone(&issued));
         registry.register("refusals", "Requests and handshakes refused", Family::clone(&refused));
+        let events = Family::default();
+        registry.register("events", "Events for owners of pods", Family::clone(&events));
         let gauges = Gauges::default();
         for (name, help, gauge) in [
             ("agents_connected", "Nodes with an open stream", &gauges.agents_connected),
@@ -78,13 +105,16 @@ impl Default for Metrics {
         ] {
             registry.register(name, help, gauge.clone());
         }
-        let metrics = Self { registry, issued, refused, gauges };
+        let metrics = Self { registry, issued, refused, events, gauges };
         // A series that begins at its first event shows no increase for it.
         for kind in KINDS {
             drop(metrics.issued.get_or_create(&kind_label(kind)));
         }
         for reason in Reason::ALL {
             drop(metrics.refused.get_or_create(&reason_label(reason)));
+        }
+        for outcome in Outcome::ALL {
+            drop(metrics.events.get_or_create(&outcome.label()));
         }
         metrics
     }
@@ -117,6 +147,11 @@ impl Metrics {
     /// Counts a refusal.
     pub fn refused(&self, reason: Reason) {
         self.refused.get_or_create(&reason_label(reason)).inc();
+    }
+
+    /// Counts an Event.
+    pub fn event(&self, outcome: Outcome) {
+        self.events.get_or_create(&outcome.label()).inc();
     }
 
     /// Certificates issued since the start, by kind.

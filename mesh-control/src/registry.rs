@@ -16,7 +16,7 @@ use mesh_common::{
 };
 use serde::{Deserialize, Deserializer, Serialize, de};
 
-use crate::{files::Source, yaml};
+use crate::{files::Source, refusal::Refusal, yaml};
 
 /// The longest UID. Kubernetes' have 36 bytes.
 const MAX_UID_BYTES: usize = 128;
@@ -176,6 +176,20 @@ impl Registry {
     /// The workload with that UID.
     pub fn get(&self, uid: &str) -> Option<&Workload> {
         self.workloads.get(uid).map(|entry| &entry.workload)
+    }
+
+    /// The workload with that UID, for its own node.
+    ///
+    /// # Errors
+    ///
+    /// [`Refusal::ForeignPod`], [`Refusal::UnknownPod`].
+    pub fn on_node(&self, uid: &str, node: &str) -> Result<&Workload, Refusal> {
+        let (uid, node) = (uid.to_owned(), node.to_owned());
+        match self.get(&uid) {
+            Some(workload) if workload.node == node => Ok(workload),
+            Some(_) => Err(Refusal::ForeignPod { uid, node }),
+            None => Err(Refusal::UnknownPod { uid, node }),
+        }
     }
 
     /// The file that registers a UID.

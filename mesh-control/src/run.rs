@@ -17,7 +17,7 @@ use crate::{
     config::Config,
     control::Control,
     files, http,
-    kubernetes::{self, attest::Attestor, cluster::Cluster, secret::CaSecret},
+    kubernetes::{self, attest::Attestor, cluster::Cluster, events::Events, secret::CaSecret},
     server, watch,
 };
 
@@ -70,29 +70,35 @@ pub async fn run(mut config: Config) -> anyhow::Result<()> {
     let dirs = config.watched_dirs().to_vec();
     tokio::spawn(watch::watch(dirs, move || reloading.reload()));
     tokio::spawn(maintain(Arc::clone(&control)));
-    let admin = tokio::spawn(admin::serve(Arc::clone(&control), admin_listener, shutdown.clone()));
+    let cluster = api
+        .as_ref()
+        .map(|(client, kubernetes)| Arc::new(Cluster::watch(client, kubernetes.namespace.clone())));
+    let admin =
+        admin::serve(Arc::clone(&control), cluster.clone(), admin_listener, shutdown.clone());
+    let admin = tokio::spawn(admin);
     let http = tokio::spawn(http::serve(Arc::clone(&control), http_listener, shutdown.clone()));
-    if let Some((client, kubernetes)) = &api {
-        let cluster = Arc::new(Cluster::watch(client, kubernetes.namespace.clone()));
+    let mut doors = None;
+    if let Some(((client, kubernetes), cluster)) = api.zip(cluster) {
         tokio::select! {
             ready = cluster.ready() => ready.context("watching the API server")?,
             () = shutdown.cancelled() => return Ok(()),
         }
         kubernetes::update(&control, &cluster).await;
-        tokio::spawn(kubernetes::follow(Arc::clone(&control), cluster));
+        tokio::spawn(kubernetes::follow(Arc::clone(&control), Arc::clone(&cluster)));
         if let Some(ca) = ca {
             let control = Arc::clone(&control);
             tokio::spawn(async move { ca.follow(&control).await });
         }
         let publish = kubernetes::publish_roots;
         tokio::spawn(publish(client.clone(), kubernetes.clone(), Arc::clone(&control)));
+        let events = Events::start(client.clone(), cluster, Arc::clone(&control));
+        doors = Some((Attestor::new(client, kubernetes), events));
     }
     // Not before: an agent that is refused a connection goes to another replica.
     let listener = TcpListener::bind(config.listen)
         .await
         .with_context(|| format!("listening on {} (`listen`)", config.listen))?;
-    let attestor = api.map(|(client, kubernetes)| Attestor::new(client, kubernetes));
-    let serve = server::serve(Arc::clone(&control), attestor, listener, shutdown.clone());
+    let serve = server::serve(Arc::clone(&control), doors, listener, shutdown.clone());
     let agents = tokio::spawn(serve);
     tracing::info!(
         trust_domain = %config.trust_domain,

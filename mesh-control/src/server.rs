@@ -10,7 +10,7 @@ use std::{
 };
 
 use mesh_common::{
-    api::{ALPN, control_plane_server::ControlPlaneServer},
+    api::{ALPN, control_plane_server::ControlPlaneServer, replicas_server::ReplicasServer},
     svid::{Kind, Leaf, PeerVerifier, server_config},
 };
 use rustls::pki_types::CertificateDer;
@@ -25,7 +25,12 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::{Server, server::Connected};
 
-use crate::{control::Control, kubernetes::attest::Attestor, refusal::Reason, service::Service};
+use crate::{
+    control::Control,
+    kubernetes::{attest::Attestor, events::Events},
+    refusal::Reason,
+    service::Service,
+};
 
 /// Requests are small: a token, a key, an acknowledgement.
 const MAX_REQUEST_BYTES: usize = 64 * 1024;
@@ -41,26 +46,27 @@ const KEEPALIVE: Duration = Duration::from_secs(20);
 pub struct Peer {
     /// The TCP peer.
     pub address: SocketAddr,
-    /// The certificates it showed, leaf first, accepted in the handshake as a node's.
+    /// The certificates it showed, leaf first, accepted in the handshake as a node's or a replica's.
     pub chain: Option<Arc<[CertificateDer<'static>]>>,
 }
 
-/// Serves agents until `shutdown`, then lets calls in flight end. With an `attestor` they join with
-/// service account tokens.
+/// Serves agents and other replicas until `shutdown`, then lets calls in flight end. In a `cluster`
+/// agents join with service account tokens, and what they tell of pods becomes Events.
 ///
 /// # Errors
 ///
 /// If the transport fails as a whole.
 pub async fn serve(
     control: Arc<Control>,
-    attestor: Option<Attestor>,
+    cluster: Option<(Attestor, Events)>,
     listener: TcpListener,
     shutdown: CancellationToken,
 ) -> Result<(), tonic::transport::Error> {
     // One: what is accepted and cannot be served yet waits in the kernel's queue.
     let (sender, incoming) = mpsc::channel(1);
     let accepting = tokio::spawn(accept(Arc::clone(&control), listener, sender, shutdown.clone()));
-    let service = Service::new(control, attestor, shutdown.clone());
+    let service = Service::new(control, cluster, shutdown.clone());
+    let replicas = ReplicasServer::new(service.clone()).max_decoding_message_size(0);
     let service = ControlPlaneServer::new(service).max_decoding_message_size(MAX_REQUEST_BYTES);
     let result = Server::builder()
         .max_concurrent_streams(MAX_CALLS)
@@ -68,6 +74,7 @@ pub async fn serve(
         .http2_keepalive_timeout(Some(KEEPALIVE / 2))
         .http2_max_header_list_size(16 * 1024)
         .add_service(service)
+        .add_service(replicas)
         .serve_with_incoming_shutdown(ReceiverStream::new(incoming), shutdown.cancelled())
         .await;
     accepting.abort();
@@ -119,7 +126,8 @@ async fn handshake(
     stream.set_nodelay(true)?;
     let limits = control.config().limits;
     // Made anew for each connection: it holds the roots and the certificate of this moment.
-    let verifier = PeerVerifier::new(Arc::clone(&control.view().bundle), Kind::Node).optional();
+    let bundle = Arc::clone(&control.view().bundle);
+    let verifier = PeerVerifier::new(bundle, Kind::Node).or(Kind::Control).optional();
     let config =
         server_config(Arc::new(verifier), control.identity(), ALPN).map_err(io::Error::other)?;
     let stream = timeout(limits.handshake, TlsAcceptor::from(Arc::new(config)).accept(stream))

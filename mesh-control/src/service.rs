@@ -3,14 +3,19 @@
 use std::{
     pin::Pin,
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use futures::Stream;
-use mesh_common::api::{
-    self, control_plane_server::ControlPlane, watch_request::Message as WatchMessage,
+use mesh_common::{
+    api::{
+        self, control_plane_server::ControlPlane, replicas_server::Replicas,
+        watch_request::Message as WatchMessage,
+    },
+    svid::Leaf,
 };
 use rustls::pki_types::CertificateDer;
+use time::OffsetDateTime;
 use tokio::{sync::mpsc, time::timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -19,10 +24,17 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::{
     ca::Issued,
     control::Control,
-    kubernetes::attest::{AttestError, Attestor},
+    kubernetes::{
+        attest::{AttestError, Attestor},
+        events::Events,
+    },
+    metrics::Outcome,
     refusal::Refusal,
+    registry::Workload,
+    reports::{self, Report},
     server::Peer,
     sessions::{Handle, Session},
+    status::{self, PodState},
 };
 
 /// How long an agent that opens a stream may take to say who it is.
@@ -36,17 +48,18 @@ const MAX_TEXT: usize = 512;
 pub struct Service {
     control: Arc<Control>,
     shutdown: CancellationToken,
-    attestor: Option<Arc<Attestor>>,
+    cluster: Option<Arc<(Attestor, Events)>>,
 }
 
 impl Service {
-    /// A service that ends its streams at `shutdown`. `attestor` knows service account tokens.
+    /// A service that ends its streams at `shutdown`. Of a `cluster`: who knows service account
+    /// tokens, and who writes Events.
     pub fn new(
         control: Arc<Control>,
-        attestor: Option<Attestor>,
+        cluster: Option<(Attestor, Events)>,
         shutdown: CancellationToken,
     ) -> Self {
-        Self { control, shutdown, attestor: attestor.map(Arc::new) }
+        Self { control, shutdown, cluster: cluster.map(Arc::new) }
     }
 
     /// Runs what may block on the file system, and reports what was refused.
@@ -65,9 +78,25 @@ impl Service {
 
     /// The node of the agent with this service account token.
     async fn attest(&self, token: &str) -> Result<String, AttestError> {
-        match &self.attestor {
-            Some(attestor) => attestor.node(token).await,
+        match self.cluster.as_deref() {
+            Some((attestor, _)) => attestor.node(token).await,
             None => Err(AttestError::NotOnKubernetes),
+        }
+    }
+
+    /// Tells the operator, and, in a cluster, the pod's owner.
+    fn tell(&self, report: Report) {
+        if !self.control.may_report(&report.pod, Instant::now()) {
+            return self.control.metrics.event(Outcome::Dropped);
+        }
+        let Workload { namespace, name, node, .. } = &report.pod;
+        let (reason, message, count) = (report.reason.name(), &report.message, report.count);
+        let peer = report.peer.map(tracing::field::display);
+        tracing::info!(namespace, name, node, reason, message, peer, count, "an agent reports");
+        if let Some((_, events)) = self.cluster.as_deref()
+            && !events.write(report)
+        {
+            self.control.metrics.event(Outcome::Dropped);
         }
     }
 
@@ -164,12 +193,15 @@ impl ControlPlane for Service {
         request: Request<Streaming<api::WatchRequest>>,
     ) -> Result<Response<Self::WatchStream>, Status> {
         let (peer, mut requests) = (peer(&request)?, request.into_inner());
-        let node = self.decide(&peer, "watch", node).await?;
+        let who = |control: &Control, peer: &Peer| {
+            control.authenticate(peer.chain.as_deref(), SystemTime::now())
+        };
+        let (node, Leaf { not_after, .. }) = self.decide(&peer, "watch", who).await?;
         // One: an agent that does not read has one snapshot on the way, and then the newest.
         let (sender, receiver) = mpsc::channel(1);
         let service = self.clone();
         tokio::spawn(async move {
-            let result = service.stream(&peer, &node, &mut requests, &sender).await;
+            let result = service.stream(&peer, &node, not_after, &mut requests, &sender).await;
             let status = match result {
                 Ok(()) => return tracing::info!(node, "agent disconnected"),
                 Err(status) => status,
@@ -181,14 +213,34 @@ impl ControlPlane for Service {
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
 
-    /// Outside of Kubernetes there is nobody to show it to.
     async fn report(
         &self,
         request: Request<api::ReportRequest>,
     ) -> Result<Response<api::ReportResponse>, Status> {
-        let peer = peer(&request)?;
-        self.decide(&peer, "report", node).await?;
+        let (peer, request) = (peer(&request)?, request.into_inner());
+        let reports = self.decide(&peer, "report", move |control, peer| {
+            let node = node(control, peer)?;
+            reports::admit(&control.view().registry, &node, request.reports)
+        });
+        reports.await?.into_iter().for_each(|report| self.tell(report));
         Ok(Response::new(api::ReportResponse {}))
+    }
+}
+
+#[tonic::async_trait]
+impl Replicas for Service {
+    async fn status(
+        &self,
+        request: Request<api::ReplicaStatusRequest>,
+    ) -> Result<Response<api::ReplicaStatus>, Status> {
+        let peer = peer(&request)?;
+        let status = self.decide(&peer, "status", |control, peer| {
+            let now = SystemTime::now();
+            control.authenticate_replica(peer.chain.as_deref(), now)?;
+            Ok(serde_json::to_vec(&status::gather(control, now)))
+        });
+        let status = status.await?.map_err(|error| Status::internal(error.to_string()))?;
+        Ok(Response::new(api::ReplicaStatus { instance: self.control.instance, status }))
     }
 }
 
@@ -197,6 +249,7 @@ impl Service {
         &self,
         peer: &Peer,
         node: &str,
+        not_after: SystemTime,
         requests: &mut Streaming<api::WatchRequest>,
         sender: &mpsc::Sender<Result<api::Snapshot, Status>>,
     ) -> Result<(), Status> {
@@ -209,7 +262,8 @@ impl Service {
         let end = CancellationToken::new();
         let agent_version = cut(&hello.agent_version);
         tracing::info!(node, address = %peer.address, agent_version, "agent connected");
-        let session = Session::new(peer.address, agent_version, SystemTime::now(), end.clone());
+        let now = SystemTime::now();
+        let session = Session::new(peer.address, agent_version, now, not_after, end.clone());
         let session = self.control.sessions.open(node, session);
         let mut snapshots = self.control.publisher().subscribe();
         loop {
@@ -262,6 +316,10 @@ fn note(session: &Handle<'_>, node: &str, answer: api::WatchRequest) -> Result<(
             tracing::warn!(node, version, error, "the agent cannot use the snapshot");
             session.update(|session| session.refused = Some((version, error)));
         }
+        Some(WatchMessage::State(state)) => {
+            let pods = state.pods.into_iter().map(pod_state).collect();
+            session.update(|session| session.pods = Some(pods));
+        }
         Some(WatchMessage::Hello(_)) => {
             return Err(Status::invalid_argument("a second Hello"));
         }
@@ -269,4 +327,13 @@ fn note(session: &Handle<'_>, node: &str, answer: api::WatchRequest) -> Result<(
         None => {}
     }
     Ok(())
+}
+
+/// The size of a request bounds how many there are.
+fn pod_state(state: api::PodState) -> (String, PodState) {
+    let api::PodState { uid, enrolled, certificate_not_after, problem } = state;
+    let not_after = OffsetDateTime::from_unix_timestamp(certificate_not_after).ok();
+    let certificate_not_after = not_after.filter(|_| certificate_not_after != 0);
+    let problem = Some(cut(&problem)).filter(|problem| !problem.is_empty());
+    (cut(&uid), PodState { enrolled, certificate_not_after, problem })
 }

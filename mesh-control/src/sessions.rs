@@ -9,6 +9,8 @@ use std::{
 
 use tokio_util::sync::CancellationToken;
 
+use crate::status::PodState;
+
 /// An agent with an open stream of snapshots.
 #[derive(Clone, Debug)]
 pub struct Session {
@@ -18,12 +20,16 @@ pub struct Session {
     pub agent_version: String,
     /// Since when.
     pub connected: SystemTime,
+    /// When the certificate ends that it shows.
+    pub certificate_not_after: SystemTime,
     /// The newest snapshot sent, and when.
     pub sent: Option<(u64, SystemTime)>,
     /// The newest snapshot that it uses.
     pub acknowledged: Option<u64>,
     /// The newest snapshot that it could not use, and why.
     pub refused: Option<(u64, String)>,
+    /// Its pods, by UID, if it tells of them.
+    pub pods: Option<BTreeMap<String, PodState>>,
     end: CancellationToken,
 }
 
@@ -33,10 +39,20 @@ impl Session {
         address: SocketAddr,
         agent_version: String,
         connected: SystemTime,
+        certificate_not_after: SystemTime,
         end: CancellationToken,
     ) -> Self {
-        let (sent, acknowledged, refused) = (None, None, None);
-        Self { address, agent_version, connected, sent, acknowledged, refused, end }
+        Self {
+            address,
+            agent_version,
+            connected,
+            certificate_not_after,
+            sent: None,
+            acknowledged: None,
+            refused: None,
+            pods: None,
+            end,
+        }
     }
 }
 
@@ -108,8 +124,8 @@ mod tests {
     fn session(version: &str) -> (Session, CancellationToken) {
         let end = CancellationToken::new();
         let address = "192.0.2.1:1".parse().unwrap();
-        let session =
-            Session::new(address, version.to_owned(), SystemTime::UNIX_EPOCH, end.clone());
+        let time = SystemTime::UNIX_EPOCH;
+        let session = Session::new(address, version.to_owned(), time, time, end.clone());
         (session, end)
     }
 

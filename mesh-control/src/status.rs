@@ -1,17 +1,21 @@
 //! What `mesh-control status` shows: gathered and judged in the server, printed by the command.
 //!
-//! The JSON is documented in `docs/control.md`; keys are added, never renamed or removed.
+//! The JSON is documented in `docs/control.md`; keys are added, never renamed or removed. Replicas of
+//! other versions answer in it, too: what was added has a default.
+
+mod print;
+mod whole;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fmt::{self, Write as _},
     time::{Duration, SystemTime},
 };
 
 use mesh_common::svid::Fingerprint;
 use serde::{Deserialize, Serialize};
-use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+use time::OffsetDateTime;
 
+pub use self::{print::Text, whole::whole};
 use crate::{ca::Validity, control::Control, registry::Problem, sessions::Session};
 
 /// How long an agent may take to use a new snapshot.
@@ -46,7 +50,8 @@ pub struct Status {
     pub bundle_problems: Vec<Problem>,
     /// Agents that are connected, by node.
     pub agents: BTreeMap<String, AgentStatus>,
-    /// Nodes that have workloads, but whose agent is not connected.
+    /// Nodes whose agent is not connected: on Kubernetes all of the cluster, elsewhere those that have
+    /// workloads.
     pub nodes_without_agent: Vec<String>,
     /// Join tokens that can still be used.
     pub open_tokens: u64,
@@ -54,6 +59,70 @@ pub struct Status {
     pub issued: BTreeMap<String, u64>,
     /// Refusals since the start, by reason.
     pub refused: BTreeMap<String, u64>,
+    /// Every replica of the control plane. What is counted above is their sum.
+    #[serde(default)]
+    pub replicas: Vec<ReplicaStatus>,
+    /// Every pod of the mesh.
+    #[serde(default)]
+    pub pods: Vec<PodStatus>,
+    /// Every pod outside of it; only on Kubernetes.
+    #[serde(default)]
+    pub outside: Vec<OutsidePod>,
+}
+
+/// A replica of the control plane.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReplicaStatus {
+    /// Its host's name, on Kubernetes its pod's; its address if it does not answer.
+    pub name: String,
+    /// Of mesh-control. None if it does not answer.
+    pub version: Option<String>,
+    /// Since its start.
+    pub uptime_seconds: u64,
+    /// Agents that are connected to it.
+    pub agents: u64,
+    /// Why nothing more is known of it.
+    pub problem: Option<String>,
+}
+
+/// A pod of the mesh.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodStatus {
+    /// Its UID.
+    pub uid: String,
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// Its node.
+    pub node: String,
+    /// What its node's agent says of it. None if nobody knows.
+    pub state: Option<PodState>,
+}
+
+/// What an agent says of a pod.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodState {
+    /// Whether it is under guard.
+    pub enrolled: bool,
+    /// When its certificate ends.
+    #[serde(with = "time::serde::rfc3339::option")]
+    pub certificate_not_after: Option<OffsetDateTime>,
+    /// What is not as it should be.
+    pub problem: Option<String>,
+}
+
+/// A pod that is not in the mesh.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct OutsidePod {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// Its node.
+    pub node: String,
+    /// Why it is not.
+    pub why: String,
 }
 
 /// The certificate authority.
@@ -86,14 +155,24 @@ pub struct AgentStatus {
     pub in_sync: bool,
     /// Why it could not use the last one that it refused.
     pub last_error: Option<String>,
+    /// The replica that it is connected to.
+    #[serde(default)]
+    pub replica: String,
+    /// When the certificate ends that it shows.
+    #[serde(default, with = "time::serde::rfc3339::option")]
+    pub certificate_not_after: Option<OffsetDateTime>,
+    /// Its pods, by UID: only in what replicas tell each other.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pods: Option<BTreeMap<String, PodState>>,
 }
 
-/// Gathers and judges.
+/// Gathers and judges what this replica knows.
 pub fn gather(control: &Control, now: SystemTime) -> Status {
     let view = control.view();
     let snapshot_version = control.publisher().version();
     let sessions = control.sessions.list();
     let connected: BTreeSet<_> = sessions.iter().map(|(node, _)| node.as_str()).collect();
+    let connected_agents = connected.len() as u64;
     let nodes: BTreeSet<_> = view.registry.workloads().map(|w| w.node.as_str()).collect();
     let nodes_without_agent: Vec<_> =
         nodes.difference(&connected).map(|node| (*node).to_owned()).collect();
@@ -109,12 +188,6 @@ pub fn gather(control: &Control, now: SystemTime) -> Status {
     degraded.extend(problems.map(Problem::to_string));
     degraded
         .extend(sessions.iter().filter_map(|(node, s)| lagging(node, s, snapshot_version, now)));
-    // Of several replicas none has all agents.
-    if control.config().kubernetes.is_none() {
-        degraded.extend(nodes_without_agent.iter().map(|node| {
-            format!("node {node}: workloads are registered there, but its agent is not connected")
-        }));
-    }
 
     Status {
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -136,12 +209,21 @@ pub fn gather(control: &Control, now: SystemTime) -> Status {
         bundle_problems: view.bundle_problems.clone(),
         agents: sessions
             .into_iter()
-            .map(|(node, session)| (node, agent(session, snapshot_version, now)))
+            .map(|(node, session)| (node, agent(session, snapshot_version, &control.name, now)))
             .collect(),
         nodes_without_agent,
         open_tokens: control.tokens().open_count(now) as u64,
         issued: control.metrics.issued_by_kind(),
         refused: control.metrics.refused_by_reason(),
+        replicas: vec![ReplicaStatus {
+            name: control.name.clone(),
+            version: Some(env!("CARGO_PKG_VERSION").to_owned()),
+            uptime_seconds: seconds(control.started, now),
+            agents: connected_agents,
+            problem: None,
+        }],
+        pods: Vec::new(),
+        outside: Vec::new(),
     }
 }
 
@@ -167,8 +249,11 @@ fn lagging(node: &str, session: &Session, version: u64, now: SystemTime) -> Opti
         .then(|| format!("node {node}: has not acknowledged snapshot {version}"))
 }
 
-fn agent(session: Session, version: u64, now: SystemTime) -> AgentStatus {
+fn agent(session: Session, version: u64, replica: &str, now: SystemTime) -> AgentStatus {
     AgentStatus {
+        replica: replica.to_owned(),
+        certificate_not_after: Some(session.certificate_not_after.into()),
+        pods: session.pods,
         address: session.address.to_string(),
         connected_seconds: seconds(session.connected, now),
         in_sync: session.acknowledged == Some(version),
@@ -192,47 +277,4 @@ pub fn update_gauges(control: &Control, now: SystemTime) {
     gauges.snapshot_version.set(i64::try_from(status.snapshot_version).unwrap_or(i64::MAX));
     gauges.root_not_after.set(status.ca.root_not_after.unix_timestamp());
     gauges.issuer_not_after.set(status.ca.issuer_not_after.unix_timestamp());
-}
-
-impl fmt::Display for Status {
-    /// For a person.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let age = |seconds| humantime::format_duration(Duration::from_secs(seconds)).to_string();
-        let list = |counts: &BTreeMap<String, u64>| {
-            let items: Vec<_> = counts.iter().map(|(what, n)| format!("{what} {n}")).collect();
-            if items.is_empty() { "none".to_owned() } else { items.join(", ") }
-        };
-        writeln!(f, "mesh-control {}  up {}", self.version, age(self.uptime_seconds))?;
-        let health = if self.degraded.is_empty() { "healthy" } else { "DEGRADED" };
-        writeln!(f, "state         {health}")?;
-        for reason in &self.degraded {
-            writeln!(f, "  ! {reason}")?;
-        }
-        writeln!(f, "trust domain  {}", self.trust_domain)?;
-        writeln!(f, "root          {}", self.ca.root_fingerprint)?;
-        let time = |time: OffsetDateTime| time.format(&Rfc3339).map_err(|_| fmt::Error);
-        writeln!(f, "              until {}", time(self.ca.root_not_after)?)?;
-        let by = if self.ca.issuer_renews_itself { "itself" } else { "the operator" };
-        writeln!(f, "issuing CA    until {}, renewed by {by}", time(self.ca.issuer_not_after)?)?;
-        writeln!(f, "trust bundle  {} root(s)", self.trust_bundle.len())?;
-        let Self { snapshot_version, workloads, services, .. } = self;
-        writeln!(
-            f,
-            "snapshot      {snapshot_version}, {workloads} workload(s), {services} service(s)"
-        )?;
-        writeln!(f, "issued        {}", list(&self.issued))?;
-        writeln!(f, "refused       {}", list(&self.refused))?;
-        writeln!(f, "join tokens   {} open", self.open_tokens)?;
-        writeln!(f, "agents        {} connected", self.agents.len())?;
-        for (node, agent) in &self.agents {
-            let mut line = format!("  {node}  {}  {}", agent.address, agent.agent_version);
-            write!(line, "  up {}", age(agent.connected_seconds))?;
-            let sync = if agent.in_sync { "in sync" } else { "OUT OF SYNC" };
-            match agent.acknowledged_version {
-                Some(version) => writeln!(f, "{line}  snapshot {version} ({sync})")?,
-                None => writeln!(f, "{line}  no snapshot yet")?,
-            }
-        }
-        Ok(())
-    }
 }

@@ -16,7 +16,10 @@ use mesh_common::{
     join::JoinToken,
     svid::{Fingerprint, Kind, Leaf, PeerVerifier, Usage},
 };
-use mesh_control::status;
+use mesh_control::{
+    admin,
+    status::{self, Text},
+};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair, KeyUsagePurpose};
 use rustls::pki_types::UnixTime;
 use tokio::{io::AsyncReadExt as _, net::TcpStream, sync::mpsc};
@@ -292,6 +295,46 @@ async fn an_acknowledgement_of_what_was_never_sent_does_not_count() {
     watch.answer(Message::Nack(api::Nack { version, error: "after it".to_owned() })).await;
     until(|| agent(&lab, "n1").unwrap().last_error.is_some()).await;
     assert_eq!(agent(&lab, "n1").unwrap().acknowledged_version, None);
+}
+
+#[tokio::test]
+async fn an_agent_tells_how_its_pods_are() {
+    let lab = Lab::start().await;
+    lab.register("u1", "n1", "10.0.0.1").await;
+    lab.register("u2", "n1", "10.0.0.2").await;
+    let mut node = lab.node("n1").await;
+    let mut watch = Watch::open(&mut node).await;
+    watch.next().await;
+    assert_eq!(agent(&lab, "n1").unwrap().pods, None);
+    let pod = api::PodState {
+        uid: "u1".to_owned(),
+        enrolled: true,
+        certificate_not_after: 1_800_000_000,
+        problem: String::new(),
+    };
+    // Of whatever else it speaks, it is heard about its own pods.
+    let foreign = api::PodState { uid: "u9".to_owned(), ..pod.clone() };
+    watch.answer(Message::State(api::State { pods: vec![pod, foreign] })).await;
+    until(|| agent(&lab, "n1").unwrap().pods.is_some()).await;
+    let status = admin::show_all(&lab.control, None).await;
+    let states: Vec<_> = status
+        .pods
+        .iter()
+        .map(|pod| {
+            let state = pod.state.as_ref().unwrap();
+            let not_after = state.certificate_not_after.map(|time| time.unix_timestamp());
+            (&*pod.uid, state.enrolled, not_after)
+        })
+        .collect();
+    assert_eq!(states, [("u1", true, Some(1_800_000_000)), ("u2", false, None)]);
+    let text = Text { status: &status, pods: false }.to_string();
+    assert!(text.contains("  shop  2 in the mesh; 1 NOT UNDER GUARD\n"), "{text}");
+    let text = Text { status: &status, pods: true }.to_string();
+    assert!(
+        text.contains("  shop/u1-name  n1  certificate until 2027-01-15T08:00:00Z\n"),
+        "{text}"
+    );
+    assert_eq!(status.agents["n1"].pods, None, "each pod is shown once");
 }
 
 #[tokio::test]

@@ -158,6 +158,7 @@ impl Admin {
         });
         Pod {
             name: registered.map(|pod| format!("{}/{}", pod.id.namespace(), pod.name)),
+            workload: registered.map(|pod| pod.owner.clone()).filter(|owner| !owner.is_empty()),
             identity: registered.map(|pod| pod.id.to_string()),
             addresses: registered.map(|pod| pod.addresses.clone()).unwrap_or_default(),
             uid,

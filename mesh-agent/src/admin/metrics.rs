@@ -1,5 +1,6 @@
 //! The status as Prometheus metrics, in the OpenMetrics text format. There are as many series as
-//! pods, times a fixed number: no label has a value that an application can choose.
+//! pods, times a fixed number: no label has a value that an application can choose, and none names
+//! the other end of a connection.
 
 use std::{
     fmt,
@@ -27,9 +28,13 @@ pub(super) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0
 /// # Errors
 ///
 /// None that a string can cause.
-pub(super) fn encode(status: Status, counters: Arc<Counters>) -> Result<String, fmt::Error> {
+pub(super) fn encode(
+    status: Status,
+    counters: Arc<Counters>,
+    reports_dropped: u64,
+) -> Result<String, fmt::Error> {
     let mut registry = Registry::with_prefix("nodemesh");
-    registry.register_collector(Box::new(Metrics { status, counters }));
+    registry.register_collector(Box::new(Metrics { status, counters, reports_dropped }));
     let mut text = String::new();
     text::encode(&mut text, &registry)?;
     Ok(text)
@@ -39,6 +44,7 @@ pub(super) fn encode(status: Status, counters: Arc<Counters>) -> Result<String, 
 struct Metrics {
     status: Status,
     counters: Arc<Counters>,
+    reports_dropped: u64,
 }
 
 /// Names and values of labels.
@@ -167,7 +173,9 @@ impl Metrics {
         ] {
             single(encoder, (name, None), help, Some(counter_of(counter)))?;
         }
-        Ok(())
+        let help = "Reports for owners of applications that were dropped";
+        let dropped = ConstCounter::new(self.reports_dropped);
+        single(encoder, ("reports_dropped", None), help, Some(dropped))
     }
 
     fn traffic(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
@@ -247,7 +255,16 @@ impl Metrics {
 }
 
 fn labels<'a, const N: usize>(pod: &'a Pod, more: [(&'static str, &'a str); N]) -> Labels<'a> {
-    [("pod", pod.label()), ("uid", &pod.uid)].into_iter().chain(more).collect()
+    let namespace = pod.name.as_deref().and_then(|name| name.split_once('/'));
+    let namespace = namespace.map_or("", |(namespace, _)| namespace);
+    let workload = pod.workload.as_deref().unwrap_or_default();
+    let pod = [
+        ("namespace", namespace),
+        ("workload", workload),
+        ("pod", pod.label()),
+        ("uid", pod.uid.as_str()),
+    ];
+    pod.into_iter().chain(more).collect()
 }
 
 fn gauge(value: u64) -> ConstGauge<u64> {
@@ -260,6 +277,8 @@ fn counter_of(counter: &AtomicU64) -> ConstCounter<u64> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
     use crate::admin::status::tests::healthy;
 
@@ -267,34 +286,46 @@ mod tests {
     fn metrics_are_those_that_the_documentation_names() {
         let counters = Arc::new(Counters::default());
         counters.svids_issued.store(3, Ordering::Relaxed);
-        let text = encode(healthy(), counters).unwrap();
+        let text = encode(healthy(), counters, 7).unwrap();
         for line in [
             "nodemesh_agent{version=\"0.1.0\",node=\"node-1\"} 1",
             "nodemesh_ready 1",
             "nodemesh_degraded 0",
             "nodemesh_snapshot_version 42",
             "nodemesh_certificates_issued_total 3",
-            "nodemesh_certificate_expiry_time_seconds{pod=\"shop/cart-0\",uid=\"u1\"} 1800014400",
-            "nodemesh_connections_open{pod=\"shop/cart-0\",uid=\"u1\",direction=\"outbound\",\
+            "nodemesh_reports_dropped_total 7",
+            "nodemesh_certificate_expiry_time_seconds{namespace=\"shop\",workload=\"StatefulSet/cart\",\
+             pod=\"shop/cart-0\",uid=\"u1\"} 1800014400",
+            "nodemesh_connections_open{namespace=\"shop\",workload=\"StatefulSet/cart\",\
+             pod=\"shop/cart-0\",uid=\"u1\",direction=\"outbound\",\
              kind=\"mtls\"} 3",
-            "nodemesh_payload_bytes_total{pod=\"shop/cart-0\",uid=\"u1\",direction=\"outbound\",\
+            "nodemesh_payload_bytes_total{namespace=\"shop\",workload=\"StatefulSet/cart\",\
+             pod=\"shop/cart-0\",uid=\"u1\",direction=\"outbound\",\
              kind=\"mtls\",from=\"server\"} 2048",
-            "nodemesh_connections_denied_total{pod=\"shop/cart-0\",uid=\"u1\",\
+            "nodemesh_connections_denied_total{namespace=\"shop\",workload=\"StatefulSet/cart\",\
+             pod=\"shop/cart-0\",uid=\"u1\",\
              direction=\"outbound\",reason=\"unknown-in-cluster\"} 2",
-            "nodemesh_guard_drops_total{pod=\"shop/cart-0\",uid=\"u1\",layer=\"device\",\
+            "nodemesh_guard_drops_total{namespace=\"shop\",workload=\"StatefulSet/cart\",\
+             pod=\"shop/cart-0\",uid=\"u1\",layer=\"device\",\
              reason=\"plaintext\"} 12",
         ] {
             assert!(text.lines().any(|found| found == line), "{line}\nnot in\n{text}");
         }
         let documented = include_str!("../../../docs/operations.md");
-        let names = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next());
-        let mut count = 0;
-        for name in names {
-            let spellings = [format!("| `{name}` |"), format!("| `{name}_total` |")];
-            let known = spellings.iter().any(|spelling| documented.contains(spelling));
-            assert!(known, "{name} is not documented");
-            count += 1;
-        }
-        assert!(count > 25, "{text}");
+        let names: BTreeSet<_> = text
+            .lines()
+            .filter_map(|line| line.strip_prefix("# TYPE "))
+            .map(|rest| match rest.split_once(' ') {
+                Some((name, "counter")) => format!("{name}_total"),
+                Some((name, _)) => name.to_owned(),
+                None => rest.to_owned(),
+            })
+            .collect();
+        let rows = documented.lines().filter_map(|line| line.strip_prefix("| `nodemesh_"));
+        let rows: BTreeSet<_> =
+            rows.filter_map(|row| Some(format!("nodemesh_{}", row.split_once('`')?.0))).collect();
+        assert!(names.len() > 25, "{text}");
+        // Dashboards and alerts are held against the documentation.
+        assert_eq!(names, rows);
     }
 }

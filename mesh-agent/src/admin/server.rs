@@ -210,7 +210,8 @@ async fn readyz(State(admin): State<Arc<Admin>>) -> (StatusCode, String) {
 }
 
 async fn scrape(State(admin): State<Arc<Admin>>) -> Response {
-    match metrics::encode(admin.status(), Arc::clone(&admin.counters)) {
+    let dropped = admin.stats.reports().dropped();
+    match metrics::encode(admin.status(), Arc::clone(&admin.counters), dropped) {
         Ok(text) => ([(CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response(),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
     }

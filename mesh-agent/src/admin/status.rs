@@ -121,6 +121,9 @@ pub struct Pod {
     pub uid: String,
     /// Namespace and name, as registered.
     pub name: Option<String>,
+    /// What it belongs to, "Deployment/cart", as registered.
+    #[serde(default)]
+    pub workload: Option<String>,
     /// The SPIFFE ID, as registered.
     pub identity: Option<String>,
     /// The addresses, as registered.
@@ -326,6 +329,7 @@ pub(super) mod tests {
         let pod = Pod {
             uid: "u1".to_owned(),
             name: Some("shop/cart-0".to_owned()),
+            workload: Some("StatefulSet/cart".to_owned()),
             identity: Some("spiffe://td/ns/shop/sa/cart".to_owned()),
             addresses: vec!["10.1.0.1".parse().unwrap()],
             netns: "/run/netns/cart".into(),

@@ -75,6 +75,7 @@ pub(super) struct Link {
     pub(super) snapshots: Arc<Snapshots>,
     pub(super) connection: watch::Sender<Option<Client>>,
     pub(super) status: watch::Sender<Status>,
+    pub(super) state: watch::Receiver<Option<api::State>>,
 }
 
 impl Link {
@@ -240,11 +241,17 @@ impl Link {
             .into_inner();
         self.connected(endpoint, client.clone());
 
+        let mut state = self.state.clone();
+        state.mark_changed();
         let distrusted = Notify::new();
         let mut renewal = pin!(self.renew(identity, client, &distrusted));
         loop {
             let snapshot = tokio::select! {
                 renewed = &mut renewal => return Ok(renewed),
+                state = news(&mut state) => {
+                    say(Message::State(state))?;
+                    continue;
+                }
                 message = stream.message() => match message {
                     Ok(Some(snapshot)) => snapshot,
                     Ok(None) => return Err(LinkError::Lost("it has ended the stream".to_owned())),
@@ -340,5 +347,18 @@ impl Link {
     fn report(&self, message: &str) {
         let problem = Problem { at: self.clock.now(), message: message.to_owned() };
         self.status.send_modify(|status| status.last_error = Some(problem));
+    }
+}
+
+/// The state of the pods, once it has changed.
+async fn news(state: &mut watch::Receiver<Option<api::State>>) -> api::State {
+    loop {
+        if state.changed().await.is_err() {
+            // Nobody looks any more: the agent is ending.
+            std::future::pending::<()>().await;
+        }
+        if let Some(state) = state.borrow_and_update().clone() {
+            return state;
+        }
     }
 }

@@ -13,6 +13,7 @@ mod files;
 mod joining;
 mod node;
 mod registry;
+mod reporting;
 mod rotation;
 mod schedule;
 mod services;
@@ -24,6 +25,7 @@ mod token_watch;
 
 use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
+use mesh_common::api;
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -33,6 +35,7 @@ use self::{
     control::Link,
     files::PrivateDir,
     node::NodeIssuer,
+    reporting::Reporting,
     rotation::{Context, Rotation},
     schedule::Clock,
     snapshots::Snapshots,
@@ -45,6 +48,7 @@ pub use self::{
     status::{Connection, Counters, NodeCertificate, Problem, Status},
     svid::{ALPN, Svid},
 };
+use crate::stats::Reports;
 
 /// What the identity subsystem needs to know.
 #[derive(Clone, Debug)]
@@ -58,6 +62,8 @@ pub struct Config {
     /// An existing directory of mode 0700. Used in it: `node.pem`, `node-roots.pem`,
     /// `snapshot.pb` and the directory `svid`.
     pub runtime_dir: PathBuf,
+    /// What the control plane is told of this node's pods; nothing as long as nobody has looked.
+    pub state: watch::Receiver<Option<api::State>>,
 }
 
 /// The runtime directory cannot be used.
@@ -100,7 +106,7 @@ impl Identity {
     }
 
     fn start_with(config: Config, dialer: Dialer, clock: Clock) -> Result<Self, StartError> {
-        let Config { node, control_plane, credential, runtime_dir } = config;
+        let Config { node, control_plane, credential, runtime_dir, state } = config;
         let unusable = |source| StartError { path: runtime_dir.clone(), source };
         let counters = Arc::new(Counters::default());
         let dir = PrivateDir::open(&runtime_dir).map_err(unusable)?;
@@ -122,6 +128,7 @@ impl Identity {
             snapshots: Arc::clone(&snapshots),
             connection,
             status,
+            state,
         };
         let context = Context {
             node,
@@ -158,6 +165,18 @@ impl Identity {
             context: Arc::clone(&self.context),
             task: AbortOnDropHandle::new(tokio::spawn(rotation.run())),
         }
+    }
+
+    /// Tells the control plane what the owners of applications must see, until the handle is
+    /// dropped. Must be called in a tokio runtime.
+    pub fn report(&self, reports: Arc<Reports>) -> AbortOnDropHandle<()> {
+        let reporting = Reporting {
+            node: self.context.node.clone(),
+            snapshots: self.snapshots(),
+            connection: self.context.connection.clone(),
+            reports,
+        };
+        AbortOnDropHandle::new(tokio::spawn(reporting.run()))
     }
 
     /// Removes the stored key and certificate of a pod that nobody tracks: what a pod that

@@ -77,6 +77,8 @@ pub struct Workload {
     pub node: String,
     /// Its addresses, canonical: never IPv4 mapped into IPv6.
     pub addresses: Vec<IpAddr>,
+    /// What the pod belongs to, "Deployment/checkout", for people and metrics; may be empty.
+    pub owner: String,
 }
 
 /// What the control plane decides for all agents.
@@ -224,7 +226,8 @@ impl TryFrom<api::Snapshot> for Snapshot {
 
 impl Workload {
     fn new(workload: api::Workload, trust_domain: &TrustDomain) -> Result<Self, RegistryError> {
-        let api::Workload { uid, namespace, service_account, name, node, addresses, .. } = workload;
+        let api::Workload { uid, namespace, service_account, name, node, addresses, owner } =
+            workload;
         let bad_name = |source| RegistryError::Name { uid: uid.clone(), source };
         for segment in [&uid, &name, &node] {
             check_segment(segment).map_err(bad_name)?;
@@ -238,7 +241,7 @@ impl Workload {
                     .ok_or_else(|| RegistryError::Address { uid: uid.clone(), address: text })
             })
             .collect::<Result<_, _>>()?;
-        Ok(Self { uid, id, name, node, addresses })
+        Ok(Self { uid, id, name, node, addresses, owner })
     }
 }
 

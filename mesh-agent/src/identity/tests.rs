@@ -5,6 +5,7 @@ mod fake;
 mod kubernetes;
 mod node;
 mod registry;
+mod reporting;
 mod rotation;
 mod services;
 
@@ -76,6 +77,7 @@ impl Bench {
             control_plane: vec!["control:15443".to_owned()],
             credential: Credential::JoinToken { file: self.token_file() },
             runtime_dir: self.runtime_dir(),
+            state: watch::channel(None).1,
         }
     }
 

@@ -12,8 +12,9 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use mesh_common::abi::{
-    Address, MAX_POD_ADDRESSES, POD_DENIES_UDP, POD_HAS_V4, POD_HAS_V6, PodConfig,
+use mesh_common::{
+    abi::{Address, MAX_POD_ADDRESSES, POD_DENIES_UDP, POD_HAS_V4, POD_HAS_V6, PodConfig},
+    report::Reason,
 };
 use tokio::{net::TcpListener, sync::Notify, time::Instant};
 use tokio_util::{
@@ -35,6 +36,7 @@ use crate::{
     config::Udp,
     identity::SvidHandle,
     proxy::{Admission, PodProxy},
+    stats::Report,
 };
 
 /// A pod that changes its own network without end is looked at this often.
@@ -181,7 +183,12 @@ impl Enrolled {
         guard_devices(node, &netns, &state, &inventory).await?;
         if !was_served {
             match abort_connections(&netns, &inventory.addresses) {
-                Ok(aborted) => state.aborted.store(aborted.into(), Ordering::Relaxed),
+                Ok(aborted) => {
+                    state.aborted.store(aborted.into(), Ordering::Relaxed);
+                    if aborted > 0 {
+                        node.stats.reports().add(&spec.uid, connections_cut(aborted));
+                    }
+                }
                 // The guards drop what they send.
                 Err(error) if error.kind() == ErrorKind::Unsupported => tracing::warn!(
                     pod = spec.uid,
@@ -370,6 +377,11 @@ impl Keeper {
             anyhow::bail!("the program {name} is not attached any more: restart the mesh-agent")
         })
     }
+}
+
+fn connections_cut(aborted: u32) -> Report {
+    let text = format!("{aborted} connection(s) from before it came into the mesh were cut");
+    Report { reason: Reason::ConnectionsCut, text, peer: None }
 }
 
 /// Attaches the second and the third guard to whatever the pod has for devices now.

@@ -11,6 +11,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
+use mesh_common::{abi, report::Reason};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -30,9 +31,10 @@ use crate::{
     bpf::{Counted, Datapath, Events, GuardEvent},
     config::Config,
     identity::{Identity, Snapshot},
+    observer::Observed,
     policy::Policy,
     proxy::{ClientStream, Neighbours, registration},
-    stats::Stats,
+    stats::{Report, Stats},
     tunnel::{
         Pool,
         pool::{Key, Proof},
@@ -245,6 +247,11 @@ impl Manager {
                     return;
                 }
                 self.logged.insert(cookie, now);
+                if let Some(pod) = pod
+                    && let Some(report) = past_the_mesh(layer, reason)
+                {
+                    self.node.stats.reports().add(&pod.uid, report);
+                }
                 let uid = pod.map_or("none that is served", |pod| &pod.uid);
                 let (layer, reason) = (layer.name(), reason.name());
                 tracing::warn!(pod = uid, layer, reason, "the guard refused or dropped something");
@@ -344,6 +351,18 @@ impl Manager {
     }
 }
 
+/// What a pod's owner is told of a drop: that something tried to send past the mesh. Not that the
+/// agent was away, that UDP is denied, or that an address is missing.
+fn past_the_mesh(layer: abi::Layer, reason: abi::Reason) -> Option<Report> {
+    use abi::Reason as Why;
+    let past = [Why::Plaintext, Why::Bypass, Why::Protocol, Why::EtherType, Why::Malformed];
+    past.contains(&reason).then(|| {
+        let (layer, reason) = (layer.name(), reason.name());
+        let text = format!("the guard dropped what it sent past the mesh ({layer}: {reason})");
+        Report { reason: Reason::GuardDropped, text, peer: None }
+    })
+}
+
 /// The namespace of a ledger's entry, if it is still at its path.
 fn still_there(entry: &Entry) -> Option<Netns> {
     Netns::open(&entry.netns).ok().filter(|netns| netns.cookie() == entry.cookie)
@@ -433,6 +452,27 @@ impl View {
     /// all been dealt with.
     pub fn enrolled(&self) -> Option<BTreeSet<String>> {
         self.pods_synced().then(|| lock(&self.known).pods.keys().cloned().collect())
+    }
+
+    /// What is told to the control plane of the enrolled pods: less than [`Inspect::pods`], and
+    /// cheaper. None as long as they are not all known.
+    pub fn observed(&self) -> Option<Vec<Observed>> {
+        let observed = |pod: &Arc<PodState>| {
+            let svid = lock(&pod.svid);
+            Observed {
+                uid: pod.uid.clone(),
+                svid: svid.as_ref().and_then(|svid| svid.current()),
+                certificate_problem: svid
+                    .as_ref()
+                    .and_then(|svid| svid.problem())
+                    .map(|problem| problem.message),
+                problem: pod.guarded().problem,
+            }
+        };
+        self.pods_synced().then(|| {
+            let pods: Vec<_> = lock(&self.known).pods.values().cloned().collect();
+            pods.iter().map(observed).collect()
+        })
     }
 
     fn facts(&self, pod: &PodState) -> PodFacts {

@@ -252,7 +252,7 @@ fn is_transient(error: &io::Error) -> bool {
 /// Stands for what the registry says of both ends of a tunnel: another content, another number.
 pub(crate) fn registration(ends: [&Workload; 2]) -> u64 {
     let mut hasher = DefaultHasher::new();
-    for Workload { uid, id, name, node, addresses } in ends {
+    for Workload { uid, id, name, node, addresses, owner: _ } in ends {
         (uid, id, name, node, addresses).hash(&mut hasher);
     }
     hasher.finish()

@@ -12,6 +12,7 @@ fn party(address: &str, name: Option<&str>) -> Party {
             name: name.to_owned(),
             node: "node-1".to_owned(),
             addresses: Vec::new(),
+            owner: String::new(),
         })
     });
     Party { address: address.parse().unwrap(), workload }
@@ -226,4 +227,32 @@ fn a_pod_s_counts_last_until_it_is_forgotten() {
     assert_eq!(stats.pod("client-uid").handshakes()[0].1, 1);
     stats.forget("client-uid");
     assert_eq!(stats.pod("client-uid").handshakes()[0].1, 0);
+}
+
+#[test]
+fn an_owner_is_told_of_refusals_that_mean_something_to_him() {
+    let stats = Stats::new(2);
+    let pod = stats.pod("client-uid");
+    pod.deny(&parties(Direction::Inbound), DenyReason::PlaintextRefused);
+    pod.deny(&parties(Direction::Inbound), DenyReason::PlaintextRefused);
+    pod.deny(&outside(), DenyReason::UnknownInCluster);
+    let endpoint = Some("10.1.0.2:8080".parse().unwrap());
+    pod.deny(&Parties { endpoint, ..outside() }, DenyReason::EgressDenied);
+    pod.deny(&outside(), DenyReason::NoEndpoints);
+    pod.deny(&outside(), DenyReason::RegistryUnknown);
+    let told: Vec<_> =
+        stats.reports().take(9).into_iter().map(|r| (r.message, r.peer, r.count)).collect();
+    let expected = [
+        ("refused: STRICT, plaintext from", "10.1.0.1", 2),
+        ("refused: not in the mesh, connection to", "198.51.100.1", 1),
+        (
+            "refused: the configuration denies plaintext out of the mesh (egress), connection to",
+            "10.1.0.2",
+            1,
+        ),
+    ];
+    assert_eq!(told, expected.map(|(text, peer, n)| (text.to_owned(), peer.to_owned(), n)));
+    pod.deny(&outside(), DenyReason::EgressDenied);
+    stats.forget("client-uid");
+    assert!(stats.reports().take(9).is_empty(), "it is no longer this agent's to tell of");
 }

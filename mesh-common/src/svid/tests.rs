@@ -296,6 +296,9 @@ fn one_kind_is_never_accepted_for_another() {
             let result = verifier.verify(std::slice::from_ref(certificate), Usage::Client, now());
             assert_eq!(result.is_ok(), *shown == accepted, "{shown} as {accepted}: {result:?}");
         }
+        let of_two = PeerVerifier::new(Arc::clone(&bundle), Kind::Node).or(Kind::Control);
+        let result = of_two.verify(std::slice::from_ref(certificate), Usage::Client, now());
+        assert_eq!(result.is_ok(), *shown != Kind::Workload, "{shown}: {result:?}");
     }
 }
 

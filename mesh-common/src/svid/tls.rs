@@ -87,32 +87,40 @@ enum Roots {
     Anchored(Vec<CertificateDer<'static>>),
 }
 
-/// Accepts the peers of one [`Kind`], as client and as server. The server's name is ignored: who
+/// Accepts the peers of one [`Kind`], or of two, as client and as server. The server's name is ignored: who
 /// the peer is stands in its certificate, and who it ought to be is for the caller to compare.
 #[derive(Debug)]
 pub struct PeerVerifier {
     roots: Roots,
     kind: Kind,
+    other: Option<Kind>,
     client_auth_mandatory: bool,
 }
 
 impl PeerVerifier {
     /// Peers of that kind, with a chain to the bundle. A client without a certificate is refused.
     pub const fn new(bundle: Arc<TrustBundle>, kind: Kind) -> Self {
-        Self { roots: Roots::Bundle(bundle), kind, client_auth_mandatory: true }
+        Self { roots: Roots::Bundle(bundle), kind, other: None, client_auth_mandatory: true }
     }
 
     /// The control plane, as known from a join token only: the root with that fingerprint must be
     /// part of the chain it shows.
     pub const fn pinned(trust_domain: TrustDomain, root: Fingerprint) -> Self {
         let roots = Roots::Pinned(trust_domain, root);
-        Self { roots, kind: Kind::Control, client_auth_mandatory: true }
+        Self { roots, kind: Kind::Control, other: None, client_auth_mandatory: true }
     }
 
     /// The control plane, as known from roots only. A root that names a trust domain vouches for no
     /// other one.
     pub const fn anchored(roots: Vec<CertificateDer<'static>>) -> Self {
-        Self { roots: Roots::Anchored(roots), kind: Kind::Control, client_auth_mandatory: true }
+        let roots = Roots::Anchored(roots);
+        Self { roots, kind: Kind::Control, other: None, client_auth_mandatory: true }
+    }
+
+    /// Accepts peers of another kind as well: what each may ask is for the caller to tell apart.
+    #[must_use]
+    pub fn or(self, other: Kind) -> Self {
+        Self { other: Some(other), ..self }
     }
 
     /// Also lets clients in that show no certificate. A wrong one is refused all the same.
@@ -139,7 +147,8 @@ impl PeerVerifier {
             }
             Roots::Anchored(roots) => anchored_bundle(roots, chain)?.verify(chain, usage, now)?,
         };
-        if Kind::of(&leaf.id) != self.kind {
+        let found = Kind::of(&leaf.id);
+        if found != self.kind && Some(found) != self.other {
             return Err(SvidError::Kind { expected: self.kind, found: leaf.id });
         }
         Ok(leaf)

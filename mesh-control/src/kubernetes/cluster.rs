@@ -1,10 +1,16 @@
 //! The part of the cluster that the mesh needs, kept up to date by watching.
 
-use std::{collections::BTreeMap, fmt::Debug, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::Debug,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
 use futures::StreamExt as _;
 use k8s_openapi::api::{
-    core::v1::{Namespace, Node, Pod, PodSpec, PodStatus, Service},
+    core::v1::{Namespace, Node, ObjectReference, Pod, PodSpec, PodStatus, Service},
     discovery::v1::{Endpoint, EndpointSlice},
 };
 use kube::{
@@ -12,7 +18,7 @@ use kube::{
     api::ObjectMeta,
     runtime::{
         WatchStreamExt as _,
-        reflector::{self, Store, store::WriterDropped},
+        reflector::{self, ObjectRef, Store, store::WriterDropped},
         watcher,
     },
 };
@@ -20,8 +26,15 @@ use mesh_common::membership::{MESH, MIRROR};
 use serde::de::DeserializeOwned;
 use tokio::sync::Notify;
 
-use super::{registry, services};
-use crate::{registry::Registry, services::Files};
+use super::{
+    pods::{self, Owner},
+    registry, services,
+};
+use crate::{
+    registry::{Registry, Workload},
+    services::Files,
+    status::OutsidePod,
+};
 
 /// A change is seldom alone: what comes within this time is taken together.
 const SETTLE: Duration = Duration::from_millis(100);
@@ -100,6 +113,34 @@ impl Cluster {
         let nodes = self.nodes.state().iter().filter_map(|node| services::node(node)).collect();
         let services = Files { claims, nodes, problems: Vec::new() };
         (Registry::from_cluster(workloads), services)
+    }
+
+    /// The pods that are not in the mesh.
+    pub fn outside(&self) -> Vec<OutsidePod> {
+        let (pods, namespaces) = (self.pods.state(), self.namespaces.state());
+        pods::outside(
+            pods.iter().map(AsRef::as_ref),
+            namespaces.iter().map(AsRef::as_ref),
+            &self.own_namespace,
+        )
+    }
+
+    /// Who has an address, if it is somebody of this cluster.
+    pub fn owner(&self, address: IpAddr) -> Option<Owner> {
+        pods::owner(self.pods.state().iter().map(AsRef::as_ref), address)
+    }
+
+    /// The record of a workload's pod. Its UID is another one than the node's if the pod is static.
+    pub fn record(&self, workload: &Workload) -> Option<ObjectReference> {
+        let key = ObjectRef::new(&workload.name).within(&workload.namespace);
+        let pod = self.pods.get(&key)?;
+        (registry::uid(&pod) == Some(&*workload.uid)).then(|| pod.object_ref(&()))
+    }
+
+    /// Where the replicas of the control plane listen, this one included.
+    pub fn replicas(&self) -> BTreeSet<SocketAddr> {
+        let slices = self.slices.state();
+        services::replicas(slices.iter().map(AsRef::as_ref), &self.own_namespace)
     }
 }
 

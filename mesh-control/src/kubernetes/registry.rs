@@ -32,14 +32,8 @@ pub fn workloads<'a>(
     namespaces: impl IntoIterator<Item = &'a Namespace>,
     own_namespace: &str,
 ) -> Vec<Workload> {
-    let labels: BTreeMap<&str, &Map> = namespaces
-        .into_iter()
-        .filter_map(|found| {
-            Some((found.metadata.name.as_deref()?, found.metadata.labels.as_ref()?))
-        })
-        .collect();
-    let over = |pod: &Pod| matches!(phase(pod), "Succeeded" | "Failed");
-    let mut pods: Vec<&Pod> = pods.into_iter().filter(|pod| !over(pod)).collect();
+    let labels = labels(namespaces);
+    let mut pods: Vec<&Pod> = pods.into_iter().filter(|pod| !is_over(pod)).collect();
     pods.sort_by_cached_key(|pod| {
         let ObjectMeta { creation_timestamp, uid: own, .. } = &pod.metadata;
         (uid(pod) != own.as_deref(), creation_timestamp.clone(), own.clone())
@@ -61,12 +55,22 @@ pub fn workloads<'a>(
         .collect()
 }
 
-fn workload(
+/// The labels of the namespaces.
+pub(super) fn labels<'a>(
+    namespaces: impl IntoIterator<Item = &'a Namespace>,
+) -> BTreeMap<&'a str, &'a Map> {
+    let of = |found: &'a Namespace| {
+        Some((found.metadata.name.as_deref()?, found.metadata.labels.as_ref()?))
+    };
+    namespaces.into_iter().filter_map(of).collect()
+}
+
+/// Whether a pod is in the mesh; none if its record is not complete.
+pub(super) fn membership(
     pod: &Pod,
-    addresses: Vec<IpAddr>,
     labels: &BTreeMap<&str, &Map>,
     own_namespace: &str,
-) -> Option<Workload> {
+) -> Option<Membership> {
     let nothing = Map::new();
     let (metadata, spec) = (&pod.metadata, pod.spec.as_ref()?);
     let namespace = metadata.namespace.as_deref()?;
@@ -77,13 +81,23 @@ fn workload(
         annotations: metadata.annotations.as_ref().unwrap_or(&nothing),
         host_network: spec.host_network.unwrap_or_default(),
     };
-    if !Membership::of(&candidate, own_namespace).is_member() {
+    Some(Membership::of(&candidate, own_namespace))
+}
+
+fn workload(
+    pod: &Pod,
+    addresses: Vec<IpAddr>,
+    labels: &BTreeMap<&str, &Map>,
+    own_namespace: &str,
+) -> Option<Workload> {
+    if !membership(pod, labels, own_namespace)?.is_member() {
         return None;
     }
+    let (metadata, spec) = (&pod.metadata, pod.spec.as_ref()?);
     let workload = Workload {
         uid: uid(pod)?.to_owned(),
         name: metadata.name.clone()?,
-        namespace: namespace.to_owned(),
+        namespace: metadata.namespace.clone()?,
         service_account: spec.service_account_name.clone().unwrap_or("default".to_owned()),
         node: spec.node_name.clone()?,
         addresses,
@@ -95,17 +109,24 @@ fn workload(
     usable.iter().all(|name| check_segment(name).is_ok()).then_some(workload)
 }
 
-fn uid(pod: &Pod) -> Option<&str> {
+/// The UID by which the pod's node knows it.
+pub(super) fn uid(pod: &Pod) -> Option<&str> {
     let own = pod.metadata.uid.as_deref()?;
     let annotations = pod.metadata.annotations.as_ref();
     Some(annotations.map_or(own, |annotations| membership::uid(own, annotations)))
+}
+
+/// Whether a pod has ended: its record and its addresses say nothing any more.
+pub(super) fn is_over(pod: &Pod) -> bool {
+    matches!(phase(pod), "Succeeded" | "Failed")
 }
 
 fn phase(pod: &Pod) -> &str {
     pod.status.as_ref().and_then(|status| status.phase.as_deref()).unwrap_or_default()
 }
 
-fn addresses(pod: &Pod) -> Vec<IpAddr> {
+/// The pod's addresses, canonical.
+pub(super) fn addresses(pod: &Pod) -> Vec<IpAddr> {
     let reported = pod.status.iter().flat_map(|status| status.pod_ips.iter().flatten());
     let mut addresses: Vec<IpAddr> = reported
         .filter_map(|found| found.ip.parse().ok())

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
 };
 
 use k8s_openapi::api::{
@@ -18,6 +18,10 @@ pub(super) const SERVICE_NAME: &str = "kubernetes.io/service-name";
 
 /// The label of a node's zone.
 pub(super) const ZONE: &str = "topology.kubernetes.io/zone";
+
+/// The control plane's own Service, and its port for agents, as in the chart.
+const CONTROL: &str = "nodemesh-control";
+const CONTROL_PORT: &str = "grpc";
 
 /// Kubernetes' own default for the ClientIP affinity, in seconds.
 const AFFINITY_SECONDS: i32 = 10_800;
@@ -118,6 +122,28 @@ pub fn slice(found: &EndpointSlice) -> Option<api::EndpointSlice> {
         ),
         endpoints: found.endpoints.iter().flat_map(endpoints).collect(),
     })
+}
+
+/// Where the replicas of the control plane listen, by the slices of their own Service. Each once: of
+/// two address families IPv4. Those that are not ready, too.
+pub fn replicas<'a>(
+    slices: impl IntoIterator<Item = &'a EndpointSlice>,
+    own_namespace: &str,
+) -> BTreeSet<SocketAddr> {
+    let own = slices
+        .into_iter()
+        .filter_map(slice)
+        .filter(|slice| slice.namespace == own_namespace && slice.service == CONTROL);
+    let addresses = own.flat_map(|slice| {
+        let port = slice.ports.iter().find(|port| port.name == CONTROL_PORT);
+        let port = port.and_then(|port| u16::try_from(port.port).ok());
+        let of = move |endpoint: api::Endpoint| {
+            Some(SocketAddr::new(endpoint.address.parse().ok()?, port?))
+        };
+        slice.endpoints.into_iter().filter_map(of)
+    });
+    let (v4, v6): (BTreeSet<_>, BTreeSet<_>) = addresses.partition(SocketAddr::is_ipv4);
+    if v4.is_empty() { v6 } else { v4 }
 }
 
 fn endpoints(found: &Endpoint) -> impl Iterator<Item = api::Endpoint> {
@@ -247,6 +273,35 @@ mod tests {
         let found = claims(&[cart], &slices);
         let names: Vec<_> = found[0].slices.iter().map(|slice| slice.name.as_str()).collect();
         assert_eq!((found.len(), names), (1, vec!["cart-1", "cart-3"]));
+    }
+
+    #[test]
+    fn replicas_are_the_endpoints_of_the_own_service() {
+        let slice = |namespace: &str, service: &str, ips: &[&str]| -> EndpointSlice {
+            let endpoint = |ip| json!({"addresses": [ip], "conditions": {"ready": false}});
+            let value = json!({
+                "metadata": {
+                    "namespace": namespace, "name": "x",
+                    "labels": {"kubernetes.io/service-name": service},
+                },
+                "addressType": "IPv4",
+                "ports": [{"name": "http", "port": 9464}, {"name": "grpc", "port": 8443}],
+                "endpoints": ips.iter().map(endpoint).collect::<Vec<_>>(),
+            });
+            serde_json::from_value(value).unwrap()
+        };
+        let own = "nodemesh-system";
+        let slices = [
+            slice(own, "nodemesh-control", &["fd00::1", "fd00::2"]),
+            slice(own, "nodemesh-control", &["10.0.0.2", "10.0.0.1"]),
+            slice(own, "other", &["10.0.0.8"]),
+            slice("shop", "nodemesh-control", &["10.0.0.9"]),
+        ];
+        let of = |slices: &[EndpointSlice]| {
+            replicas(slices, own).iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        assert_eq!(of(&slices), ["10.0.0.1:8443", "10.0.0.2:8443"]);
+        assert_eq!(of(&slices[..1]), ["[fd00::1]:8443", "[fd00::2]:8443"]);
     }
 
     #[test]

@@ -4,6 +4,9 @@
 #[path = "../../src/kubernetes/scripted.rs"]
 mod scripted;
 
+mod events;
+mod replicas;
+
 use std::{
     sync::Arc,
     time::{Duration, SystemTime},
@@ -17,7 +20,7 @@ use mesh_control::{
     registry::{Registry, Workload},
     services::Files,
 };
-use serde_json::json;
+use serde_json::{Value, json};
 use tonic::{Code, Status};
 
 use self::scripted::scripted;
@@ -25,9 +28,26 @@ use crate::support::{Client, Lab, Node, connect, join_with, key_and_csr};
 
 const NODE: &str = "spiffe://mesh.example/nodemesh/node/n1";
 
-/// An API server that knows one token, of an agent on the node n1.
+/// A control plane with [`api_server`].
 async fn start() -> Lab {
-    let client = scripted(|method, path, body| match (method, path) {
+    Lab::start_on_kubernetes(api_server(|_| unreachable!("nothing is to be told"))).await
+}
+
+/// An API server that knows one token, of an agent on the node n1, and a pod `legacy` outside of
+/// the mesh, and has this answer to new Events.
+fn api_server(event: impl Fn(&Value) -> (u16, Value) + Send + Sync + 'static) -> kube::Client {
+    scripted(move |method, path, body| match (method, path) {
+        ("POST", path) if path.starts_with("/apis/events.k8s.io/v1/namespaces/") => event(body),
+        // Nothing happens any more; then the client comes again.
+        ("GET", path) if path.contains("watch=") => (200, json!([])),
+        ("GET", "/api/v1/pods") => (200, list(&[legacy()])),
+        (
+            "GET",
+            "/api/v1/namespaces"
+            | "/api/v1/nodes"
+            | "/api/v1/services"
+            | "/apis/discovery.k8s.io/v1/endpointslices",
+        ) => (200, list(&[])),
         ("POST", "/apis/authentication.k8s.io/v1/tokenreviews") => {
             let known = body["spec"]["token"] == "of-n1";
             let user = json!({
@@ -50,25 +70,44 @@ async fn start() -> Lab {
             (200, json!({"metadata": {"name": "agent-x", "uid": "u1"}, "spec": spec}))
         }
         other => panic!("unexpected: {other:?}"),
-    });
-    Lab::start_on_kubernetes(client).await
+    })
+}
+
+fn list(items: &[Value]) -> Value {
+    json!({"kind": "List", "metadata": {"resourceVersion": "1"}, "items": items})
+}
+
+fn legacy() -> Value {
+    json!({
+        "metadata": {"namespace": "shop", "name": "legacy", "uid": "legacy-uid"},
+        "spec": {"nodeName": "n2", "containers": []},
+        "status": {"phase": "Running", "podIPs": [{"ip": "10.0.0.9"}]},
+    })
 }
 
 /// The cluster has these nodes, and a pod `cart-0` with the UID p1 on n1.
 fn set_nodes(lab: &Lab, nodes: &[&str]) {
-    let workload = Workload {
-        uid: "p1".to_owned(),
+    set_cluster(lab, nodes, [pod("p1", "n1")]);
+}
+
+/// A pod `cart-0`.
+fn pod(uid: &str, node: &str) -> Workload {
+    Workload {
+        uid: uid.to_owned(),
         name: "cart-0".to_owned(),
         namespace: "shop".to_owned(),
         service_account: "cart".to_owned(),
-        node: "n1".to_owned(),
+        node: node.to_owned(),
         addresses: Vec::new(),
         owner: "StatefulSet/cart".to_owned(),
-    };
+    }
+}
+
+fn set_cluster(lab: &Lab, nodes: &[&str], pods: impl IntoIterator<Item = Workload>) {
     let node = |name: &&str| api::Node { name: (*name).to_owned(), zone: String::new() };
     let nodes = nodes.iter().map(node).collect();
     let services = Files { nodes, ..Files::default() };
-    lab.control.set_cluster(Registry::from_cluster([workload]), services);
+    lab.control.set_cluster(Registry::from_cluster(pods), services);
 }
 
 /// Connects like an agent that knows the roots from the ConfigMap, and has no certificate yet.

@@ -3,6 +3,7 @@
 use std::{
     fs, io,
     net::SocketAddr,
+    os::unix::fs::DirBuilderExt as _,
     path::PathBuf,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
@@ -17,7 +18,7 @@ use mesh_common::{
 use mesh_control::{
     config::{Config, Kubernetes},
     control::Control,
-    kubernetes::attest::Attestor,
+    kubernetes::{attest::Attestor, cluster::Cluster, events::Events},
     server, watch,
 };
 use rcgen::{CertificateParams, KeyPair};
@@ -60,15 +61,25 @@ impl Lab {
 
     /// In a cluster with this API server.
     pub(crate) async fn start_on_kubernetes(client: kube::Client) -> Self {
-        let attestor = Attestor::new(client, Kubernetes::default());
         let dir = Arc::new(tempfile::tempdir().unwrap());
-        Self::start_in(dir, "kubernetes: {}\n".to_owned(), Some(attestor)).await
+        Self::start_in(dir, "kubernetes: {}\n".to_owned(), Some(client)).await
+    }
+
+    /// Another replica, with the same root.
+    pub(crate) async fn replica(&self, client: kube::Client) -> Self {
+        let dir = Arc::new(tempfile::tempdir().unwrap());
+        let ca = dir.path().join("state/ca");
+        for private in [dir.path().join("state"), ca.clone()] {
+            fs::DirBuilder::new().mode(0o700).create(private).unwrap();
+        }
+        fs::copy(self.state("ca/root.pem"), ca.join("root.pem")).unwrap();
+        Self::start_in(dir, self.more.clone(), Some(client)).await
     }
 
     async fn start_in(
         dir: Arc<tempfile::TempDir>,
         more: String,
-        attestor: Option<Attestor>,
+        api: Option<kube::Client>,
     ) -> Self {
         let path = dir.path().join("config.yaml");
         let state = dir.path().join("state");
@@ -81,7 +92,13 @@ impl Lab {
         let address = listener.local_addr().unwrap();
         let shutdown = CancellationToken::new();
         let reloading = Arc::clone(&control);
-        let serving = server::serve(Arc::clone(&control), attestor, listener, shutdown.clone());
+        let cluster = api.map(|client| {
+            let config = Kubernetes::default();
+            let cluster = Arc::new(Cluster::watch(&client, config.namespace.clone()));
+            let events = Events::start(client.clone(), cluster, Arc::clone(&control));
+            (Attestor::new(client, config), events)
+        });
+        let serving = server::serve(Arc::clone(&control), cluster, listener, shutdown.clone());
         let tasks = vec![
             tokio::spawn(async { serving.await.unwrap() }),
             tokio::spawn(watch::watch(dirs, move || reloading.reload())),
@@ -114,6 +131,13 @@ impl Lab {
         );
         fs::write(self.state(&format!("registry/{uid}.yaml")), text).unwrap();
         until(|| self.control.view().registry.get(uid).is_some()).await;
+    }
+
+    /// The certificate of a node, as if it had joined.
+    pub(crate) fn node_identity(&self, node: &str) -> Arc<CertifiedKey> {
+        let (key, csr) = key_and_csr();
+        let issued = self.control.renew_node(node.to_owned(), &csr, SystemTime::now()).unwrap();
+        certified_key(issued.chain, PrivateKeyDer::Pkcs8(key.serialize_der().into())).unwrap()
     }
 
     /// A node that has joined.
@@ -173,6 +197,15 @@ pub(crate) async fn connect(
     verifier: PeerVerifier,
     identity: Option<Arc<CertifiedKey>>,
 ) -> Result<Client, tonic::transport::Error> {
+    channel(address, verifier, identity).await.map(Client::new)
+}
+
+/// Connects, for whatever there is to ask.
+pub(crate) async fn channel(
+    address: SocketAddr,
+    verifier: PeerVerifier,
+    identity: Option<Arc<CertifiedKey>>,
+) -> Result<Channel, tonic::transport::Error> {
     let config = client_config(Arc::new(verifier), identity, ALPN).unwrap();
     let connector = TlsConnector::from(Arc::new(config));
     let connect = tower::service_fn(move |_: tonic::codegen::http::Uri| {
@@ -180,7 +213,7 @@ pub(crate) async fn connect(
         async move { dial(connector, address).await.map(TokioIo::new) }
     });
     let endpoint = Endpoint::from_static("http://control.invalid");
-    endpoint.connect_with_connector(connect).await.map(Client::new)
+    endpoint.connect_with_connector(connect).await
 }
 
 /// Connects like an agent that has nothing but a token.

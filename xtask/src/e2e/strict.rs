@@ -10,7 +10,7 @@ use super::chart::NAMESPACE;
 use super::expect;
 use super::kubectl::until;
 use super::report::Report;
-use super::stage::Stage;
+use super::stage::{Pod, Stage};
 
 /// Checks a pod outside of the mesh with one inside, and permissions.
 pub(super) fn check(stage: &Stage, report: &mut Report) {
@@ -38,6 +38,11 @@ pub(super) fn check(stage: &Stage, report: &mut Report) {
             })
         },
     );
+    report.check("8", "its owner sees an Event that names who it was", || {
+        let (inside, outside) = both.as_ref().context("there are no pods")?;
+        stage.expect_refusal(outside, inside.echo(), "plaintext")?;
+        event(stage, inside, &format!("{}/{}", outside.namespace, outside.name))
+    });
     report.check("4", "a pod in the mesh says nothing to a pod outside", || {
         let (inside, outside) = both.as_ref().context("there are no pods")?;
         let canary = Canary::random();
@@ -60,6 +65,9 @@ pub(super) fn check(stage: &Stage, report: &mut Report) {
             for (account, verb, what, allowed) in [
                 ("nodemesh-agent", "get", "secret/nodemesh-ca", false),
                 ("nodemesh-agent", "list", "pods", false),
+                ("nodemesh-agent", "create", "events.events.k8s.io", false),
+                ("nodemesh-control", "create", "events.events.k8s.io", true),
+                ("nodemesh-control", "delete", "events.events.k8s.io", false),
                 ("nodemesh-control", "get", "secret/nodemesh-ca", true),
                 ("nodemesh-control", "list", "secrets", false),
             ] {
@@ -68,19 +76,95 @@ pub(super) fn check(stage: &Stage, report: &mut Report) {
             Ok(())
         },
     );
+    report.check(
+        "8",
+        "`mesh-control status` shows the cluster, whichever replica is asked",
+        || {
+            let (inside, outside) = both.as_ref().context("there are no pods")?;
+            until("every replica to know everything", || whole(stage, inside, outside).map(Some))
+        },
+    );
     report.check("3", "the replicas of the control plane have one CA", || {
-        let label = "app.kubernetes.io/component=control";
-        let mut roots = Vec::new();
-        for pod in stage.kubectl.list("pods", &["-n", NAMESPACE, "-l", label])? {
-            let name = pod["metadata"]["name"].as_str().context("no name")?;
-            let exec = ["-n", NAMESPACE, "exec", name, "--", "mesh-control", "status", "--json"];
-            roots.push(stage.kubectl.json(&exec)?["ca"]["root_fingerprint"].clone());
-        }
+        let roots: Vec<_> = control_statuses(stage)?
+            .into_iter()
+            .map(|(_, status)| status["ca"]["root_fingerprint"].clone())
+            .collect();
         let one = roots.len() > 1 && roots.iter().all(|root| root.is_string() && *root == roots[0]);
         expect(one, || format!("{roots:?}"))
     });
     stage.delete(&stage.mesh, &["inside"]).unwrap_or_else(|error| eprintln!("{error:#}"));
     stage.delete(&stage.plain, &["outside"]).unwrap_or_else(|error| eprintln!("{error:#}"));
+}
+
+/// Waits for the Event of a refusal on a pod.
+fn event(stage: &Stage, pod: &Pod, peer: &str) -> Result<()> {
+    let which = format!("involvedObject.name={},reason=PlaintextRefused", pod.name);
+    let which = ["-n", &pod.namespace, "--field-selector", &which];
+    until("an Event on the pod that refused", || {
+        let events = stage.kubectl.list("events", &which)?;
+        let expected = format!("refused: STRICT, plaintext from {peer}");
+        let right = |event: &Value| {
+            event["message"] == expected
+                && event["type"] == "Warning"
+                && event["involvedObject"]["uid"] == pod.uid
+                && event["reportingComponent"] == "nodemesh.io/control"
+        };
+        expect(events.iter().any(right), || format!("{events:?}"))?;
+        Ok(Some(()))
+    })
+}
+
+/// What each replica says of the cluster, by the name of its pod.
+fn control_statuses(stage: &Stage) -> Result<Vec<(String, Value)>> {
+    let label = "app.kubernetes.io/component=control";
+    let pods = stage.kubectl.list("pods", &["-n", NAMESPACE, "-l", label])?;
+    let status = |pod: &Value| {
+        let name = pod["metadata"]["name"].as_str().context("no name")?;
+        // Degraded is a status as well; kubectl adds its complaint to that.
+        let exec = ["-n", NAMESPACE, "exec", name, "--", "mesh-control", "status", "--json"];
+        let text = stage.kubectl.output(&exec).unwrap_or_else(|error| format!("{error:#}"));
+        let json = text.find('{').map_or("", |at| &text[at..]);
+        let mut values = serde_json::Deserializer::from_str(json).into_iter();
+        let status = values.next().with_context(|| text.clone())?.with_context(|| text.clone())?;
+        Ok((name.to_owned(), status))
+    };
+    pods.iter().map(status).collect()
+}
+
+/// Each replica knows all replicas, nodes and pods.
+fn whole(stage: &Stage, inside: &Pod, outside: &Pod) -> Result<()> {
+    let statuses = control_statuses(stage)?;
+    expect(statuses.len() > 1, || "there is one replica".to_owned())?;
+    for (name, status) in &statuses {
+        let list = |key: &str| status[key].as_array().cloned().unwrap_or_default();
+        for (other, _) in &statuses {
+            let known = list("replicas")
+                .iter()
+                .any(|replica| replica["name"] == other.as_str() && replica["problem"].is_null());
+            expect(known, || format!("{name} does not know {other}: {}", status["replicas"]))?;
+        }
+        for node in &stage.nodes {
+            let agent = &status["agents"][node];
+            let right = agent["in_sync"] == true
+                && agent["certificate_not_after"].is_string()
+                && statuses.iter().any(|(replica, _)| agent["replica"] == replica.as_str());
+            expect(right, || format!("{name} of {node}: {agent}"))?;
+        }
+        let found = |list: Vec<Value>, pod: &Pod| {
+            let is = |found: &Value| {
+                found["namespace"] == pod.namespace.as_str() && found["name"] == pod.name.as_str()
+            };
+            list.into_iter().find(is).unwrap_or_default()
+        };
+        let member = found(list("pods"), inside);
+        let state = &member["state"];
+        let right = state["enrolled"] == true && state["certificate_not_after"].is_string();
+        expect(right, || format!("{name} of {}: {member}", inside.name))?;
+        let other = found(list("outside"), outside);
+        let right = other["why"].as_str().is_some_and(|why| why.contains("label"));
+        expect(right, || format!("{name} of {}: {other}", outside.name))?;
+    }
+    Ok(())
 }
 
 fn may(stage: &Stage, account: &str, verb: &str, what: &str, allowed: bool) -> Result<()> {

@@ -40,7 +40,7 @@ use tokio::{
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_stream::wrappers::WatchStream;
 use tokio_util::task::AbortOnDropHandle;
-use tonic::{Request, Response, Status, Streaming, transport::server::Connected};
+use tonic::{Code, Request, Response, Status, Streaming, transport::server::Connected};
 
 use super::super::{connect::Dialer, schedule::Clock};
 
@@ -136,6 +136,8 @@ struct State {
     void: bool,
     /// None is, whenever it was issued.
     stubborn: bool,
+    /// Reports are answered with this.
+    report_error: Option<Code>,
     /// The service account tokens of the agent's pod that the API server would accept.
     service_account_tokens: Vec<String>,
 }
@@ -150,6 +152,7 @@ struct Shared {
     frozen: watch::Sender<bool>,
     snapshot: watch::Sender<api::Snapshot>,
     answers: watch::Sender<Vec<Message>>,
+    reports: watch::Sender<Vec<api::PodReport>>,
     dialled: watch::Sender<Vec<String>>,
     issued: AtomicU64,
     joins: AtomicU64,
@@ -172,11 +175,13 @@ impl Fake {
                 secrets: 0,
                 void: false,
                 stubborn: false,
+                report_error: None,
                 service_account_tokens: Vec::new(),
             }),
             frozen: watch::Sender::new(false),
             snapshot: watch::Sender::new(api::Snapshot { version: 1, ..Default::default() }),
             answers: watch::Sender::default(),
+            reports: watch::Sender::default(),
             dialled: watch::Sender::default(),
             issued: AtomicU64::new(0),
             joins: AtomicU64::new(0),
@@ -264,6 +269,11 @@ impl Fake {
         self.state().service_account_tokens = vec![token.to_owned()];
     }
 
+    /// Answers reports with an error, or takes them again.
+    pub(super) fn set_report_error(&self, code: Option<Code>) {
+        self.state().report_error = code;
+    }
+
     pub(super) fn authority(&self) -> Arc<Authority> {
         Arc::clone(&self.state().authority)
     }
@@ -316,11 +326,31 @@ impl Fake {
         let of = |message: &Message| match message {
             Message::Ack(ack) if ack.version == version => Some(Ok(())),
             Message::Nack(nack) if nack.version == version => Some(Err(nack.error.clone())),
-            Message::Ack(_) | Message::Nack(_) | Message::Hello(_) => None,
+            Message::Ack(_) | Message::Nack(_) | Message::Hello(_) | Message::State(_) => None,
         };
         let mut answers = self.0.answers.subscribe();
         let answers = answers.wait_for(|all| all.iter().any(|one| of(one).is_some())).await;
         answers.unwrap().iter().find_map(of).unwrap()
+    }
+
+    /// Every state of the pods that it was told, as UIDs.
+    pub(super) fn states(&self) -> Vec<Vec<String>> {
+        let uids = |state: &api::State| state.pods.iter().map(|pod| pod.uid.clone()).collect();
+        let states = |message: &Message| match message {
+            Message::State(state) => Some(uids(state)),
+            Message::Ack(_) | Message::Nack(_) | Message::Hello(_) => None,
+        };
+        self.0.answers.borrow().iter().filter_map(states).collect()
+    }
+
+    /// Hears of its agent's answers.
+    pub(super) fn answers(&self) -> watch::Receiver<Vec<Message>> {
+        self.0.answers.subscribe()
+    }
+
+    /// The reports that it was sent, also those that it has refused.
+    pub(super) fn reports(&self) -> watch::Receiver<Vec<api::PodReport>> {
+        self.0.reports.subscribe()
     }
 
     pub(super) fn dialled(&self) -> Vec<String> {
@@ -517,7 +547,11 @@ impl ControlPlane for Fake {
         request: Request<api::ReportRequest>,
     ) -> Result<Response<api::ReportResponse>, Status> {
         self.node_of(&request)?;
-        Ok(Response::new(api::ReportResponse {}))
+        self.0.reports.send_modify(|all| all.extend(request.into_inner().reports));
+        match self.state().report_error {
+            Some(code) => Err(Status::new(code, "no")),
+            None => Ok(Response::new(api::ReportResponse {})),
+        }
     }
 }
 
