@@ -191,7 +191,7 @@ mod tests {
         assert_eq!(told(0, &[without_certificate("a")]), nothing);
         assert_eq!(told(29, &[]), nothing);
         // Wrong again: from now on.
-        assert_eq!(told(30, &[without_certificate("a")]), [of_u.clone()]);
+        assert_eq!(told(30, &[without_certificate("a")]), std::slice::from_ref(&of_u));
         assert_eq!(told(60, &[without_certificate("a")]), [("a".to_owned(), "NoCertificate")]);
         assert_eq!(told(329, &[without_certificate("a")]), nothing);
         assert_eq!(told(330, &[without_certificate("a")]), [of_u]);

@@ -528,7 +528,9 @@ impl Control {
     ) -> Result<(), Refusal> {
         match self.verify(chain, now)?.id {
             SpiffeId::Control(_) => Ok(()),
-            found => Err(SvidError::Kind { expected: Kind::Control, found }.into()),
+            found @ (SpiffeId::Workload(_) | SpiffeId::Node(..)) => {
+                Err(SvidError::Kind { expected: Kind::Control, found }.into())
+            }
         }
     }
 

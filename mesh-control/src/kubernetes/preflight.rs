@@ -121,9 +121,12 @@ pub enum CheckError {
 
 impl From<kube::Error> for CheckError {
     fn from(error: kube::Error) -> Self {
-        match error {
-            kube::Error::Api(status) if status.code == 403 => Self::Forbidden(status.message),
-            error => Self::Api(error),
+        if let kube::Error::Api(status) = &error
+            && status.code == 403
+        {
+            Self::Forbidden(status.message.clone())
+        } else {
+            Self::Api(error)
         }
     }
 }

@@ -203,7 +203,7 @@ async fn a_pod_of_another_node_has_no_certificate() {
     let identity = bench.start();
     let handle = identity.track(UID);
     handle.wait(DEADLINE).await.unwrap();
-    bench.fake.register(mesh_common::api::Workload { node: "node-2".into(), ..workload(UID, 1) });
+    bench.fake.register(api::Workload { node: "node-2".into(), ..workload(UID, 1) });
     until(handle.receiver(), "the certificate is withdrawn", Option::is_none).await;
     assert!(handle.problem().unwrap().message.contains("node-2"));
 }
@@ -215,14 +215,14 @@ async fn a_pod_that_becomes_another_gets_another_certificate() {
     let handle = identity.track(UID);
     let svid = handle.wait(DEADLINE).await.unwrap();
     let service_account = "checkout".to_owned();
-    bench.fake.register(mesh_common::api::Workload { service_account, ..workload(UID, 1) });
+    bench.fake.register(api::Workload { service_account, ..workload(UID, 1) });
     let next = next_svid(&handle, &svid).await;
     assert_eq!(next.id.service_account(), "checkout");
 
     // New addresses alone change nothing.
     let addresses = vec!["10.0.0.99".to_owned()];
     let service_account = "checkout".to_owned();
-    let moved = mesh_common::api::Workload { service_account, addresses, ..workload(UID, 1) };
+    let moved = api::Workload { service_account, addresses, ..workload(UID, 1) };
     bench.fake.register(moved);
     let address = "10.0.0.99".parse().unwrap();
     until(identity.snapshots(), "the address is known", |s| s.by_address(address).is_some()).await;
