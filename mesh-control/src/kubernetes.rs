@@ -13,7 +13,10 @@ pub mod services;
 #[cfg(test)]
 mod scripted;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use kube::Client;
 use tokio::time::timeout;
@@ -39,11 +42,14 @@ pub async fn update(control: &Arc<Control>, cluster: &Arc<Cluster>) {
     }
 }
 
-/// Does so after every change, for ever.
+/// Does so after every change, for ever, and at most half of the time: the larger the cluster, the
+/// longer it takes, and the more changes are taken together.
 pub async fn follow(control: Arc<Control>, cluster: Arc<Cluster>) {
     loop {
         cluster.changed().await;
+        let began = Instant::now();
         update(&control, &cluster).await;
+        tokio::time::sleep(began.elapsed()).await;
     }
 }
 

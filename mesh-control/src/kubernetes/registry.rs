@@ -4,87 +4,124 @@ use std::{
     cmp::Reverse,
     collections::{BTreeMap, HashSet},
     net::IpAddr,
+    sync::Arc,
 };
 
 use k8s_openapi::{
     api::core::v1::{Namespace, Pod},
-    apimachinery::pkg::apis::meta::v1::ObjectMeta,
+    apimachinery::pkg::apis::meta::v1::Time,
 };
 use mesh_common::{
     abi::MAX_POD_ADDRESSES,
-    membership::{Map, Membership, Pod as Candidate},
+    membership::{MESH, Map, Membership, Pod as Candidate},
     spiffe::check_segment,
 };
 
 use crate::registry::{Workload, is_host};
 
 /// The label that a Deployment gives to its ReplicaSets and their pods.
-pub(super) const TEMPLATE_HASH: &str = "pod-template-hash";
+const TEMPLATE_HASH: &str = "pod-template-hash";
+
+/// What is kept of a pod.
+#[derive(Clone, Debug)]
+pub struct Facts {
+    /// With all addresses that are reported. Shared with the registry as long as all are its own.
+    workload: Arc<Workload>,
+    /// Whether agents could use it. They would refuse the whole snapshot for one name that is none.
+    usable: bool,
+    over: bool,
+    running: bool,
+    created: Option<Time>,
+    host_network: bool,
+    labels: Map,
+    annotations: Map,
+}
+
+impl Facts {
+    /// Takes from a pod what counts.
+    pub fn of(pod: Pod) -> Self {
+        let (addresses, owner) = (addresses(&pod), owner(&pod).unwrap_or_default());
+        let (over, running) =
+            (matches!(phase(&pod), "Succeeded" | "Failed"), phase(&pod) == "Running");
+        let Pod { metadata, spec, .. } = pod;
+        let spec = spec.unwrap_or_default();
+        let workload = Workload {
+            uid: metadata.uid.unwrap_or_default(),
+            name: metadata.name.unwrap_or_default(),
+            namespace: metadata.namespace.unwrap_or_default(),
+            service_account: spec.service_account_name.unwrap_or("default".to_owned()),
+            node: spec.node_name.unwrap_or_default(),
+            addresses,
+            owner,
+        };
+        let Workload { uid, name, namespace, service_account, node, .. } = &workload;
+        let usable = [uid, name, namespace, service_account, node]
+            .iter()
+            .all(|name| check_segment(name).is_ok());
+        let counts = |map: Option<Map>| -> Map {
+            map.into_iter().flatten().filter(|(key, _)| key == MESH).collect()
+        };
+        Self {
+            workload: Arc::new(workload),
+            usable,
+            over,
+            running,
+            created: metadata.creation_timestamp,
+            host_network: spec.host_network.unwrap_or_default(),
+            labels: counts(metadata.labels),
+            annotations: counts(metadata.annotations),
+        }
+    }
+}
 
 /// The workloads of the cluster. `own_namespace` is where nodemesh is installed.
 ///
 /// The kubelet reports late and addresses are used again: of two pods that claim one, the running
 /// one has it, then the newer one. The other stays registered, without that address.
 pub fn workloads<'a>(
-    pods: impl IntoIterator<Item = &'a Pod>,
+    pods: impl IntoIterator<Item = &'a Facts>,
     namespaces: impl IntoIterator<Item = &'a Namespace>,
     own_namespace: &str,
-) -> Vec<Workload> {
+) -> Vec<Arc<Workload>> {
     let labels: BTreeMap<&str, &Map> = namespaces
         .into_iter()
         .filter_map(|found| {
             Some((found.metadata.name.as_deref()?, found.metadata.labels.as_ref()?))
         })
         .collect();
-    let over = |pod: &Pod| matches!(phase(pod), "Succeeded" | "Failed");
-    let mut pods: Vec<&Pod> = pods.into_iter().filter(|pod| !over(pod)).collect();
-    pods.sort_by_cached_key(|pod| {
-        let ObjectMeta { creation_timestamp, uid, .. } = &pod.metadata;
-        (phase(pod) != "Running", Reverse(creation_timestamp.clone()), uid.clone())
-    });
+    let mut pods: Vec<&Facts> = pods.into_iter().filter(|pod| !pod.over).collect();
+    let rank = |pod: &'a Facts| (!pod.running, Reverse(&pod.created), &pod.workload.uid);
+    pods.sort_by(|a, b| rank(a).cmp(&rank(b)));
     let mut taken = HashSet::new();
     pods.into_iter()
         .filter_map(|pod| {
             // A pod outside the mesh has its addresses as well.
-            let mut addresses = addresses(pod);
-            addresses.retain(|address| taken.insert(*address));
-            workload(pod, addresses, &labels, own_namespace)
+            let claimed = &pod.workload.addresses;
+            let own: Vec<IpAddr> =
+                claimed.iter().copied().filter(|address| taken.insert(*address)).collect();
+            if !pod.usable || !is_member(pod, &labels, own_namespace) {
+                return None;
+            }
+            Some(if own.len() == claimed.len() {
+                Arc::clone(&pod.workload)
+            } else {
+                Arc::new(Workload { addresses: own, ..pod.workload.as_ref().clone() })
+            })
         })
         .collect()
 }
 
-fn workload(
-    pod: &Pod,
-    addresses: Vec<IpAddr>,
-    labels: &BTreeMap<&str, &Map>,
-    own_namespace: &str,
-) -> Option<Workload> {
+fn is_member(pod: &Facts, labels: &BTreeMap<&str, &Map>, own_namespace: &str) -> bool {
     let nothing = Map::new();
-    let (metadata, spec) = (&pod.metadata, pod.spec.as_ref()?);
-    let namespace = metadata.namespace.as_deref()?;
+    let namespace = pod.workload.namespace.as_str();
     let candidate = Candidate {
         namespace,
         namespace_labels: labels.get(namespace).copied().unwrap_or(&nothing),
-        labels: metadata.labels.as_ref().unwrap_or(&nothing),
-        annotations: metadata.annotations.as_ref().unwrap_or(&nothing),
-        host_network: spec.host_network.unwrap_or_default(),
+        labels: &pod.labels,
+        annotations: &pod.annotations,
+        host_network: pod.host_network,
     };
-    if !Membership::of(&candidate, own_namespace).is_member() {
-        return None;
-    }
-    let workload = Workload {
-        uid: metadata.uid.clone()?,
-        name: metadata.name.clone()?,
-        namespace: namespace.to_owned(),
-        service_account: spec.service_account_name.clone().unwrap_or("default".to_owned()),
-        node: spec.node_name.clone()?,
-        addresses,
-        owner: owner(pod).unwrap_or_default(),
-    };
-    let Workload { uid, name, namespace, service_account, node, .. } = &workload;
-    // Agents would refuse the whole snapshot for one name that they cannot use.
-    let usable = [uid, name, namespace, service_account, node];
-    usable.iter().all(|name| check_segment(name).is_ok()).then_some(workload)
+    Membership::of(&candidate, own_namespace).is_member()
 }
 
 fn phase(pod: &Pod) -> &str {
@@ -147,7 +184,9 @@ mod tests {
     }
 
     fn of(pods: &[Pod]) -> Vec<Workload> {
-        workloads(pods, &namespaces(), "nodemesh-system")
+        let facts: Vec<_> = pods.iter().cloned().map(Facts::of).collect();
+        let found = workloads(&facts, &namespaces(), "nodemesh-system");
+        found.into_iter().map(Arc::unwrap_or_clone).collect()
     }
 
     #[test]

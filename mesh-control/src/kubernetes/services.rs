@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeSet, HashMap},
     net::IpAddr,
+    sync::Arc,
 };
 
 use k8s_openapi::api::{
@@ -14,10 +15,10 @@ use mesh_common::api::{self, Locality};
 use crate::{registry::is_host, services::Claim};
 
 /// The label by which a slice names its service.
-pub(super) const SERVICE_NAME: &str = "kubernetes.io/service-name";
+const SERVICE_NAME: &str = "kubernetes.io/service-name";
 
 /// The label of a node's zone.
-pub(super) const ZONE: &str = "topology.kubernetes.io/zone";
+const ZONE: &str = "topology.kubernetes.io/zone";
 
 /// Kubernetes' own default for the ClientIP affinity, in seconds.
 const AFFINITY_SECONDS: i32 = 10_800;
@@ -26,17 +27,19 @@ const AFFINITY_SECONDS: i32 = 10_800;
 /// adding a service. Services without an address or a TCP port are left out.
 pub fn claims<'a>(
     services: impl IntoIterator<Item = &'a Service>,
-    slices: impl IntoIterator<Item = &'a EndpointSlice>,
+    slices: impl IntoIterator<Item = &'a Arc<api::EndpointSlice>>,
 ) -> Vec<Claim> {
     let mut theirs: HashMap<_, Vec<_>> = HashMap::new();
-    for slice in slices.into_iter().filter_map(slice) {
-        theirs.entry((slice.namespace.clone(), slice.service.clone())).or_default().push(slice);
+    for slice in slices {
+        let key = (slice.namespace.as_str(), slice.service.as_str());
+        theirs.entry(key).or_default().push(Arc::clone(slice));
     }
     let mut found: Vec<_> = services
         .into_iter()
         .filter_map(|found| {
             let service = service(found)?;
-            let key = (service.namespace.clone(), service.name.clone());
+            let metadata = &found.metadata;
+            let key = (metadata.namespace.as_deref()?, metadata.name.as_deref()?);
             let slices = theirs.remove(&key).unwrap_or_default();
             let origin = format!("service {}/{}", key.0, key.1);
             let age = found.metadata.creation_timestamp.clone();
@@ -235,7 +238,7 @@ mod tests {
                              "labels": {"kubernetes.io/service-name": "cart"}},
                 "addressType": "IPv4", "endpoints": [],
             });
-            serde_json::from_value::<EndpointSlice>(value).unwrap()
+            Arc::new(slice(&serde_json::from_value(value).unwrap()).unwrap())
         };
         let slices = [of("shop", "cart-1"), of("other", "cart-2"), of("shop", "cart-3")];
         let cart = made(
