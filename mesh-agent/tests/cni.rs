@@ -393,12 +393,12 @@ async fn another_pod_of_the_same_name_decides_nothing() {
     };
     change(|pod| pod["metadata"]["uid"] = json!("another"));
     fixture.add("plain").await.failed(11, "another UID");
-    // The API's stand-in for a static pod, which the control plane knows by the stand-in's UID.
+    // The API's stand-in for a static pod, which the control plane knows by the node's UID, too.
     change(|pod| pod["metadata"]["annotations"] = json!({"kubernetes.io/config.mirror": UID}));
     fixture.add("plain").await.passed();
     change(|pod| pod["metadata"]["labels"] = json!({"nodemesh.io/mesh": "enabled"}));
     fixture.add("plain").await.passed();
-    assert_eq!(fixture.calls()[0].1, "another");
+    assert_eq!(fixture.calls()[0].1, UID);
     fixture.cluster.lock().unwrap().pods.clear();
     fixture.add("plain").await.failed(11, "no pod");
 }
