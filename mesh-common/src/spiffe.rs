@@ -1,6 +1,6 @@
 //! SPIFFE names: <https://github.com/spiffe/spiffe/blob/main/standards/SPIFFE-ID.md>.
 
-use std::{fmt, str::FromStr};
+use std::{fmt, str::FromStr, sync::Arc};
 
 /// Why a name was refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -16,9 +16,9 @@ pub enum SpiffeError {
     NotAWorkload(String),
 }
 
-/// The authority of every SPIFFE ID of one mesh.
+/// The authority of every SPIFFE ID of one mesh. Clones share it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct TrustDomain(String);
+pub struct TrustDomain(Arc<str>);
 
 impl TrustDomain {
     /// The name, as between `spiffe://` and the path.
@@ -33,7 +33,7 @@ impl FromStr for TrustDomain {
     fn from_str(s: &str) -> Result<Self, Self::Err> {
         let ok = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-._".contains(&b);
         if (1..=255).contains(&s.len()) && s.bytes().all(ok) {
-            Ok(Self(s.to_owned()))
+            Ok(Self(s.into()))
         } else {
             Err(SpiffeError::TrustDomain(s.to_owned()))
         }

@@ -211,7 +211,7 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            connections: 4096,
+            connections: 16384,
             handshake: Duration::from_secs(10),
             join: Duration::from_secs(30),
         }

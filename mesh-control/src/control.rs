@@ -36,7 +36,7 @@ use crate::{
     reports::Budget,
     services::{self, Services},
     sessions::Sessions,
-    snapshot::Publisher,
+    snapshot::{Content, Publisher},
     tokens::Tokens,
 };
 
@@ -282,14 +282,18 @@ impl Control {
                 (registry, services)
             }
         };
+        let registry = registry.sharing_with(&before.registry);
         let (services, conflicts) =
             services::resolve(&service_files.claims, &service_files.nodes, &registry);
+        let services = services.sharing_with(&before.services);
         let service_problems = [service_files.problems.as_slice(), &conflicts].concat();
         let (bundle, bundle_problems) = match files::sources(&bundle_dir, &["pem", "crt"]) {
             Ok(sources) => {
                 let (td, authority) = (&self.config.trust_domain, self.authority.load());
                 let (bundle, problems) = bundle::assemble(td, authority.roots(), sources);
-                (Arc::new(bundle), problems)
+                // The same one as long as it says the same: certificates are judged anew by another.
+                let same = Some(&before.bundle).filter(|before| ***before == bundle);
+                (same.map_or_else(|| Arc::new(bundle.clone()), Arc::clone), problems)
             }
             Err(error) => {
                 failed(&bundle_dir, error);
@@ -312,7 +316,12 @@ impl Control {
         let view = Arc::new(view);
         // First what requests are judged by, then what agents are told: an agent may ask at once.
         self.view.store(Arc::clone(&view));
-        self.publisher.publish(&view.bundle, &view.registry, &view.services, settings);
+        self.publisher.publish(Content {
+            bundle: Some(Arc::clone(&view.bundle)),
+            settings,
+            workloads: view.registry.shared().cloned().collect(),
+            services: view.services.clone(),
+        });
     }
 
     /// Registers a workload, or changes the one that was registered like this before. It is in
@@ -487,12 +496,22 @@ impl Control {
         let SpiffeId::Node(_, node) = &leaf.id else {
             return Err(SvidError::Kind { expected: Kind::Node, found: leaf.id }.into());
         };
+        self.admits(node, &leaf)?;
+        Ok((node.clone(), leaf))
+    }
+
+    /// Decides whether a node whose certificate is good is still one of the mesh.
+    ///
+    /// # Errors
+    ///
+    /// A [`Refusal`].
+    pub fn admits(&self, node: &str, leaf: &Leaf) -> Result<(), Refusal> {
         self.exists(node)?;
         // Replicas share no record of joins: there the node's existence is what counts.
         if self.config.kubernetes.is_none() && self.tokens.is_void(node, leaf.not_before) {
-            return Err(Refusal::Void(node.clone()));
+            return Err(Refusal::Void(node.to_owned()));
         }
-        Ok((node.clone(), leaf))
+        Ok(())
     }
 
     /// Issues by another CA from now on, and trusts its roots. Blocks on the file system.

@@ -7,6 +7,7 @@
 pub mod attest;
 pub mod cluster;
 pub mod events;
+mod facts;
 pub mod pods;
 pub mod preflight;
 pub mod registry;
@@ -17,7 +18,10 @@ pub mod services;
 #[cfg(test)]
 mod scripted;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use kube::Client;
 use tokio::time::timeout;
@@ -43,11 +47,14 @@ pub async fn update(control: &Arc<Control>, cluster: &Arc<Cluster>) {
     }
 }
 
-/// Does so after every change, for ever.
+/// Does so after every change, for ever, and at most half of the time: the larger the cluster, the
+/// longer it takes, and the more changes are taken together.
 pub async fn follow(control: Arc<Control>, cluster: Arc<Cluster>) {
     loop {
         cluster.changed().await;
+        let began = Instant::now();
         update(&control, &cluster).await;
+        tokio::time::sleep(began.elapsed()).await;
     }
 }
 

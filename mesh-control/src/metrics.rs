@@ -19,6 +19,8 @@ pub struct Metrics {
     registry: Registry,
     issued: Family<Label, Counter>,
     refused: Family<Label, Counter>,
+    snapshots: Family<Label, Counter>,
+    snapshot_bytes: Family<Label, Counter>,
     events: Family<Label, Counter>,
     gauges: Gauges,
 }
@@ -74,6 +76,10 @@ impl Default for Metrics {
         let (issued, refused) = (Family::default(), Family::default());
         registry.register("certificates_issued", "Certificates issued", Family::clone(&issued));
         registry.register("refusals", "Requests and handshakes refused", Family::clone(&refused));
+        let (snapshots, snapshot_bytes) = (Family::default(), Family::default());
+        registry.register("snapshots", "Snapshots sent to agents", Family::clone(&snapshots));
+        let help = "Bytes of snapshots sent to agents";
+        registry.register("snapshot_bytes", help, Family::clone(&snapshot_bytes));
         let events = Family::default();
         registry.register("events", "Events for owners of pods", Family::clone(&events));
         let gauges = Gauges::default();
@@ -105,7 +111,7 @@ impl Default for Metrics {
         ] {
             registry.register(name, help, gauge.clone());
         }
-        let metrics = Self { registry, issued, refused, events, gauges };
+        let metrics = Self { registry, issued, refused, snapshots, snapshot_bytes, events, gauges };
         // A series that begins at its first event shows no increase for it.
         for kind in KINDS {
             drop(metrics.issued.get_or_create(&kind_label(kind)));
@@ -116,8 +122,20 @@ impl Default for Metrics {
         for outcome in Outcome::ALL {
             drop(metrics.events.get_or_create(&outcome.label()));
         }
+        for extent in [Extent::Whole, Extent::Difference] {
+            metrics.sent(extent, 0, 0);
+        }
         metrics
     }
+}
+
+/// How much of a snapshot is sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Extent {
+    /// All of it.
+    Whole,
+    /// What has changed.
+    Difference,
 }
 
 const KINDS: [Kind; 3] = [Kind::Workload, Kind::Node, Kind::Control];
@@ -147,6 +165,16 @@ impl Metrics {
     /// Counts a refusal.
     pub fn refused(&self, reason: Reason) {
         self.refused.get_or_create(&reason_label(reason)).inc();
+    }
+
+    /// Counts snapshots sent.
+    pub fn sent(&self, extent: Extent, snapshots: u64, bytes: u64) {
+        let name = match extent {
+            Extent::Whole => "whole",
+            Extent::Difference => "difference",
+        };
+        self.snapshots.get_or_create(&[("extent", name)]).inc_by(snapshots);
+        self.snapshot_bytes.get_or_create(&[("extent", name)]).inc_by(bytes);
     }
 
     /// Counts an Event.

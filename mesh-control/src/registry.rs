@@ -6,6 +6,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     fmt,
     net::IpAddr,
+    sync::Arc,
 };
 
 use mesh_common::{
@@ -16,7 +17,12 @@ use mesh_common::{
 };
 use serde::{Deserialize, Deserializer, Serialize, de};
 
-use crate::{files::Source, refusal::Refusal, yaml};
+use crate::{
+    files::Source,
+    keyed::{self, Keyed},
+    refusal::Refusal,
+    yaml,
+};
 
 /// The longest UID. Kubernetes' have 36 bytes.
 const MAX_UID_BYTES: usize = 128;
@@ -78,6 +84,12 @@ impl Workload {
     }
 }
 
+impl Keyed for Workload {
+    fn key(&self) -> (&str, &str) {
+        ("", &self.uid)
+    }
+}
+
 /// Something in the registry that had no effect.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Problem {
@@ -96,14 +108,16 @@ impl fmt::Display for Problem {
 /// The workloads in force, and what was left out.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Registry {
-    workloads: BTreeMap<String, Entry>,
+    /// In the order of their UIDs.
+    workloads: Vec<Entry>,
     problems: Vec<Problem>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Entry {
+    /// Empty in a cluster.
     file: String,
-    workload: Workload,
+    workload: Arc<Workload>,
 }
 
 impl Registry {
@@ -112,41 +126,41 @@ impl Registry {
     /// at the same time, the first by name.
     pub fn resolve(mut sources: Vec<Source>) -> Self {
         sources.sort_by(|a, b| (a.modified, &a.file).cmp(&(b.modified, &b.file)));
-        let mut registry = Self::default();
+        let mut problems = Vec::new();
+        let mut workloads = BTreeMap::new();
         let mut owners = HashMap::new();
         for Source { file, content, .. } in sources {
             let accepted = content.and_then(|text| parse(&text)).and_then(|workload| {
-                registry.conflict(&owners, &workload).map_or(Ok(workload), Err)
+                conflict(&workloads, &owners, &workload).map_or(Ok(workload), Err)
             });
             match accepted {
                 Ok(workload) => {
                     owners.extend(workload.addresses.iter().map(|a| (*a, workload.uid.clone())));
                     let uid = workload.uid.clone();
-                    registry.workloads.insert(uid, Entry { file, workload });
+                    workloads.insert(uid, Entry { file, workload: Arc::new(workload) });
                 }
-                Err(reason) => registry.problems.push(Problem { file, reason }),
+                Err(reason) => problems.push(Problem { file, reason }),
             }
         }
-        registry.problems.sort_by(|a, b| a.file.cmp(&b.file));
-        registry
+        problems.sort_by(|a, b| a.file.cmp(&b.file));
+        Self { workloads: workloads.into_values().collect(), problems }
     }
 
     /// The workloads of a cluster, which do not contradict each other.
-    pub fn from_cluster(workloads: impl IntoIterator<Item = Workload>) -> Self {
-        let entry = |workload: Workload| {
-            let file = format!("pod {}/{}", workload.namespace, workload.name);
-            (workload.uid.clone(), Entry { file, workload })
-        };
-        Self { workloads: workloads.into_iter().map(entry).collect(), problems: Vec::new() }
+    pub fn from_cluster<T: Into<Arc<Workload>>>(workloads: impl IntoIterator<Item = T>) -> Self {
+        let mut workloads: Vec<_> = workloads
+            .into_iter()
+            .map(|workload| Entry { file: String::new(), workload: workload.into() })
+            .collect();
+        workloads.sort_by(|a, b| a.workload.uid.cmp(&b.workload.uid));
+        Self { workloads, problems: Vec::new() }
     }
 
-    fn conflict(&self, owners: &HashMap<IpAddr, String>, new: &Workload) -> Option<String> {
-        if let Some(first) = self.workloads.get(&new.uid) {
-            return Some(format!("the UID {} is registered by {} already", new.uid, first.file));
-        }
-        let (address, owner) = new.addresses.iter().find_map(|a| Some((a, owners.get(a)?)))?;
-        let file = self.workloads.get(owner).map_or(owner.as_str(), |first| first.file.as_str());
-        Some(format!("the address {address} is registered by {file} already: deregister that one"))
+    /// Takes over from `before` the workloads that have not changed.
+    #[must_use]
+    pub fn sharing_with(mut self, before: &Self) -> Self {
+        keyed::share(before.shared(), self.workloads.iter_mut().map(|entry| &mut entry.workload));
+        self
     }
 
     /// Whether a workload may be registered beside the others, or in place of the one with the
@@ -156,7 +170,7 @@ impl Registry {
     ///
     /// What stands against it.
     pub fn admits(&self, workload: &Workload, file: &str) -> Result<(), String> {
-        for entry in self.workloads.values() {
+        for entry in &self.workloads {
             if entry.workload.uid == workload.uid {
                 if entry.file != file {
                     return Err(format!("the UID is registered by {}: edit that file", entry.file));
@@ -175,7 +189,7 @@ impl Registry {
 
     /// The workload with that UID.
     pub fn get(&self, uid: &str) -> Option<&Workload> {
-        self.workloads.get(uid).map(|entry| &entry.workload)
+        self.entry(uid).map(|entry| &*entry.workload)
     }
 
     /// The workload with that UID, for its own node.
@@ -194,12 +208,22 @@ impl Registry {
 
     /// The file that registers a UID.
     pub fn file(&self, uid: &str) -> Option<&str> {
-        self.workloads.get(uid).map(|entry| entry.file.as_str())
+        self.entry(uid).map(|entry| entry.file.as_str())
+    }
+
+    fn entry(&self, uid: &str) -> Option<&Entry> {
+        let place = self.workloads.binary_search_by(|entry| (*entry.workload.uid).cmp(uid));
+        self.workloads.get(place.ok()?)
     }
 
     /// Every workload, in the order of their UIDs.
     pub fn workloads(&self) -> impl ExactSizeIterator<Item = &Workload> {
-        self.workloads.values().map(|entry| &entry.workload)
+        self.workloads.iter().map(|entry| &*entry.workload)
+    }
+
+    /// The same, to be kept.
+    pub fn shared(&self) -> impl Iterator<Item = &Arc<Workload>> {
+        self.workloads.iter().map(|entry| &entry.workload)
     }
 
     /// Every file that has no effect, in the order of their names.
@@ -209,19 +233,31 @@ impl Registry {
 
     /// What an operator wants to read in the log when `self` becomes `next`.
     pub fn changes<'a>(&'a self, next: &'a Self) -> Changes<'a> {
-        let missing_in = |a: &'a Self, b: &'a Self| {
-            a.workloads().filter(|w| b.get(&w.uid).is_none()).collect::<Vec<_>>()
-        };
-        Changes {
-            added: missing_in(next, self),
-            removed: missing_in(self, next),
-            changed: next
-                .workloads()
-                .filter(|w| self.get(&w.uid).is_some_and(|before| before != *w))
-                .collect(),
-            problems: next.problems.iter().filter(|p| !self.problems.contains(p)).collect(),
+        let (mut added, mut changed, mut removed) = (Vec::new(), Vec::new(), Vec::new());
+        for change in keyed::changes(self.shared(), next.shared()) {
+            match change {
+                (None, Some(new)) => added.push(&**new),
+                (Some(_), Some(new)) => changed.push(&**new),
+                (Some(old), None) => removed.push(&**old),
+                (None, None) => {}
+            }
         }
+        let problems = next.problems.iter().filter(|p| !self.problems.contains(p)).collect();
+        Changes { added, removed, changed, problems }
     }
+}
+
+fn conflict(
+    workloads: &BTreeMap<String, Entry>,
+    owners: &HashMap<IpAddr, String>,
+    new: &Workload,
+) -> Option<String> {
+    if let Some(first) = workloads.get(&new.uid) {
+        return Some(format!("the UID {} is registered by {} already", new.uid, first.file));
+    }
+    let (address, owner) = new.addresses.iter().find_map(|a| Some((a, owners.get(a)?)))?;
+    let file = workloads.get(owner).map_or(owner.as_str(), |first| first.file.as_str());
+    Some(format!("the address {address} is registered by {file} already: deregister that one"))
 }
 
 /// The difference of two registries.

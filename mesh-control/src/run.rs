@@ -8,7 +8,10 @@ use std::{
 
 use anyhow::Context as _;
 use mesh_common::ending::Ending;
-use nix::fcntl::{Flock, FlockArg};
+use nix::{
+    fcntl::{Flock, FlockArg},
+    sys::resource::{Resource, getrlimit, setrlimit},
+};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -39,6 +42,7 @@ pub async fn run(mut config: Config) -> anyhow::Result<()> {
     files::private_dir(&config.state_dir)
         .with_context(|| format!("state_dir {}", config.state_dir.display()))?;
     let _lock = lock(&config)?;
+    raise_file_limit();
     let now = SystemTime::now();
     let api = match config.kubernetes.clone() {
         Some(kubernetes) => {
@@ -131,6 +135,15 @@ fn lock(config: &Config) -> anyhow::Result<Flock<std::fs::File>> {
     Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| {
         anyhow::anyhow!("{}: another mesh-control is running here ({error})", path.display())
     })
+}
+
+/// Each agent is a file; the usual soft limit, 1024, is for programs that use `select()`.
+fn raise_file_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_soft, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "the limit of open files stays as it is");
+    }
 }
 
 fn stop_on_signal(shutdown: CancellationToken) -> anyhow::Result<()> {

@@ -1,6 +1,7 @@
 //! The gRPC calls: each one finds out who asks, lets [`Control`] decide, and counts refusals.
 
 use std::{
+    collections::VecDeque,
     pin::Pin,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
@@ -9,14 +10,17 @@ use std::{
 use futures::Stream;
 use mesh_common::{
     api::{
-        self, control_plane_server::ControlPlane, replicas_server::Replicas,
+        self, Encoded, control_plane_server::ControlPlane, replicas_server::Replicas,
         watch_request::Message as WatchMessage,
     },
-    svid::Leaf,
+    svid::{Leaf, TrustBundle},
 };
 use rustls::pki_types::CertificateDer;
 use time::OffsetDateTime;
-use tokio::{sync::mpsc, time::timeout};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch},
+    time::{sleep_until, timeout},
+};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
@@ -24,21 +28,34 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::{
     ca::Issued,
     control::Control,
+    feed::Feed,
     kubernetes::{
         attest::{AttestError, Attestor},
         events::Events,
     },
-    metrics::Outcome,
+    metrics::{Extent, Outcome},
     refusal::Refusal,
     registry::Workload,
     reports::{self, Report},
     server::Peer,
     sessions::{Handle, Session},
+    snapshot::{Parts, Snapshot},
     status::{self, PodState},
 };
 
 /// How long an agent that opens a stream may take to say who it is.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How many whole snapshots are on their way at a time, counted until the agent has answered. The
+/// other agents wait for their turn, and go on with what they have: after a restart of the control
+/// plane every one of them comes, and their snapshots must fit into memory.
+const TURNS: usize = 64;
+
+/// One message is a whole snapshot, all of it in memory until it is sent.
+const TURNS_FOR_ONE_MESSAGE: u32 = 16;
+
+/// How long an agent may take to answer before another has its turn.
+const TURN: Duration = Duration::from_secs(30);
 
 /// An agent's text that is kept or logged is cut to this many characters.
 const MAX_TEXT: usize = 512;
@@ -49,6 +66,7 @@ pub struct Service {
     control: Arc<Control>,
     shutdown: CancellationToken,
     cluster: Option<Arc<(Attestor, Events)>>,
+    turns: Arc<Semaphore>,
 }
 
 impl Service {
@@ -59,7 +77,8 @@ impl Service {
         cluster: Option<(Attestor, Events)>,
         shutdown: CancellationToken,
     ) -> Self {
-        Self { control, shutdown, cluster: cluster.map(Arc::new) }
+        let turns = Arc::new(Semaphore::new(TURNS));
+        Self { control, shutdown, cluster: cluster.map(Arc::new), turns }
     }
 
     /// Runs what may block on the file system, and reports what was refused.
@@ -113,9 +132,14 @@ fn peer<T>(request: &Request<T>) -> Result<Peer, Status> {
     peer.ok_or_else(|| Status::internal("a call without a connection"))
 }
 
+/// The node that calls, and its certificate.
+fn identify(control: &Control, peer: &Peer) -> Result<(String, Leaf), Refusal> {
+    control.authenticate(peer.chain.as_deref(), SystemTime::now())
+}
+
 /// The name of the node that calls.
 fn node(control: &Control, peer: &Peer) -> Result<String, Refusal> {
-    control.authenticate(peer.chain.as_deref(), SystemTime::now()).map(|(node, _)| node)
+    identify(control, peer).map(|(node, _)| node)
 }
 
 fn der(chain: &[CertificateDer<'static>]) -> Vec<Vec<u8>> {
@@ -133,7 +157,7 @@ fn cut(text: &str) -> String {
 
 #[tonic::async_trait]
 impl ControlPlane for Service {
-    type WatchStream = Pin<Box<dyn Stream<Item = Result<api::Snapshot, Status>> + Send>>;
+    type WatchStream = Pin<Box<dyn Stream<Item = Result<Encoded, Status>> + Send>>;
 
     async fn join(
         &self,
@@ -193,10 +217,7 @@ impl ControlPlane for Service {
         request: Request<Streaming<api::WatchRequest>>,
     ) -> Result<Response<Self::WatchStream>, Status> {
         let (peer, mut requests) = (peer(&request)?, request.into_inner());
-        let who = |control: &Control, peer: &Peer| {
-            control.authenticate(peer.chain.as_deref(), SystemTime::now())
-        };
-        let (node, Leaf { not_after, .. }) = self.decide(&peer, "watch", who).await?;
+        let (node, Leaf { not_after, .. }) = self.decide(&peer, "watch", identify).await?;
         // One: an agent that does not read has one snapshot on the way, and then the newest.
         let (sender, receiver) = mpsc::channel(1);
         let service = self.clone();
@@ -251,7 +272,7 @@ impl Service {
         node: &str,
         not_after: SystemTime,
         requests: &mut Streaming<api::WatchRequest>,
-        sender: &mpsc::Sender<Result<api::Snapshot, Status>>,
+        sender: &mpsc::Sender<Result<Encoded, Status>>,
     ) -> Result<(), Status> {
         let first = timeout(HELLO_TIMEOUT, requests.message())
             .await
@@ -266,7 +287,12 @@ impl Service {
         let session = Session::new(peer.address, agent_version, now, not_after, end.clone());
         let session = self.control.sessions.open(node, session);
         let mut snapshots = self.control.publisher().subscribe();
+        let mut feed = Feed::new(hello.deltas);
+        let mut parts = VecDeque::new();
+        let mut turn: Option<Turn> = None;
+        let mut judged = None;
         loop {
+            let turn_ends = turn.as_ref().map(|turn| turn.ends);
             tokio::select! {
                 () = self.shutdown.cancelled() => {
                     return Err(Status::unavailable("the control plane is shutting down"));
@@ -274,36 +300,134 @@ impl Service {
                 () = end.cancelled() => {
                     return Err(Status::aborted("the node has opened another stream, or joined again"));
                 }
-                answer = requests.message() => match answer? {
-                    Some(answer) => note(&session, node, answer)?,
-                    None => return Ok(()),
-                },
-                place = next(&mut snapshots, sender) => {
-                    let Some(place) = place else { return Ok(()) };
-                    // The change may have been that this agent's root is trusted no more.
-                    self.decide(peer, "watch", self::node).await?;
-                    let snapshot = snapshots.borrow_and_update().as_ref().clone();
-                    let sent = Some((snapshot.version, SystemTime::now()));
+                () = at(turn_ends) => turn = None,
+                answer = requests.message() => {
+                    let Some(answer) = answer? else { return Ok(()) };
+                    turn = turn.filter(|turn| !answers(&answer, turn.version));
+                    note(&session, &mut feed, node, answer)?;
+                }
+                place = sender.reserve(), if !parts.is_empty() => {
+                    let Ok(place) = place else { return Ok(()) };
+                    if let Some(part) = parts.pop_front() {
+                        place.send(Ok(part));
+                    }
+                }
+                next = self.next(feed, hello.deltas, &mut snapshots, sender),
+                    if parts.is_empty() =>
+                {
+                    let Some(next) = next else { return Ok(()) };
+                    self.recheck(peer, &mut judged).await?;
+                    let version = next.snapshot.version();
+                    let extent = if next.turn.is_some() { Extent::Whole } else { Extent::Difference };
+                    turn = next.turn.map(|permit| {
+                        Turn { version, ends: Instant::now() + TURN, _permit: permit }
+                    });
+                    feed.sent(version, extent == Extent::Difference);
+                    let bytes = next.parts.iter().map(|part| part.as_ref().len() as u64).sum();
+                    self.control.metrics.sent(extent, 1, bytes);
+                    parts.extend(next.parts.iter().cloned());
+                    let sent = Some((version, SystemTime::now()));
                     session.update(|session| session.sent = sent);
-                    place.send(Ok(snapshot));
                 }
             }
         }
     }
+
+    /// What is to be sent next, when there is something, and room for it, and, if it is a whole
+    /// snapshot, when it is this agent's turn. Loses nothing if it is dropped.
+    async fn next(
+        &self,
+        feed: Feed,
+        deltas: bool,
+        snapshots: &mut watch::Receiver<Arc<Snapshot>>,
+        sender: &mpsc::Sender<Result<Encoded, Status>>,
+    ) -> Option<Next> {
+        drop(sender.reserve().await.ok()?);
+        snapshots.wait_for(|present| feed.wants(present.version())).await.map(drop).ok()?;
+        let snapshot = Arc::clone(&snapshots.borrow());
+        if let Some(parts) = feed.base().and_then(|base| snapshot.since(base)) {
+            return Some(Next { snapshot, parts, turn: None });
+        }
+        let turns = if deltas { 1 } else { TURNS_FOR_ONE_MESSAGE };
+        let turn = Arc::clone(&self.turns).acquire_many_owned(turns).await.ok()?;
+        // There may be a newer one meanwhile.
+        let snapshot = Arc::clone(&snapshots.borrow());
+        let encoding = Arc::clone(&snapshot);
+        let encode = move || if deltas { encoding.whole() } else { [encoding.in_one()].into() };
+        let parts = tokio::task::spawn_blocking(encode).await.ok()?;
+        Some(Next { snapshot, parts, turn: Some(turn) })
+    }
+
+    /// The change may have been that this agent's root is trusted no more, or that its node is
+    /// gone. A signature that was good is good as long as the roots are the same.
+    async fn recheck(&self, peer: &Peer, judged: &mut Option<Judged>) -> Result<(), Status> {
+        let last = judged.take();
+        let now = self
+            .decide(peer, "watch", move |control, peer| {
+                let present = Arc::clone(&control.view().bundle);
+                match last {
+                    Some(judged) if Arc::ptr_eq(&judged.bundle, &present) => {
+                        control.admits(&judged.node, &judged.leaf)?;
+                        Ok(judged)
+                    }
+                    Some(_) | None => {
+                        let (node, leaf) = identify(control, peer)?;
+                        Ok(Judged { node, leaf, bundle: present })
+                    }
+                }
+            })
+            .await?;
+        *judged = Some(now);
+        Ok(())
+    }
 }
 
-/// A snapshot that was not sent yet, and room for it.
-async fn next<'a, T>(
-    snapshots: &mut tokio::sync::watch::Receiver<Arc<api::Snapshot>>,
-    sender: &'a mpsc::Sender<T>,
-) -> Option<mpsc::Permit<'a, T>> {
-    let place = sender.reserve().await.ok()?;
-    // The last await, so that a change that was seen cannot be lost by dropping this future.
-    snapshots.changed().await.ok()?;
-    Some(place)
+/// An agent's certificate, and the roots by which it was last judged.
+struct Judged {
+    node: String,
+    leaf: Leaf,
+    bundle: Arc<TrustBundle>,
 }
 
-fn note(session: &Handle<'_>, node: &str, answer: api::WatchRequest) -> Result<(), Status> {
+/// What an agent is sent.
+struct Next {
+    snapshot: Arc<Snapshot>,
+    parts: Parts,
+    /// Of a whole snapshot.
+    turn: Option<OwnedSemaphorePermit>,
+}
+
+/// A whole snapshot that the agent has not answered yet.
+struct Turn {
+    version: u64,
+    ends: Instant,
+    _permit: OwnedSemaphorePermit,
+}
+
+async fn at(time: Option<Instant>) {
+    match time {
+        Some(time) => sleep_until(time.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Whether an agent has done with a version.
+fn answers(answer: &api::WatchRequest, version: u64) -> bool {
+    match answer.message {
+        Some(
+            WatchMessage::Ack(api::Ack { version: answered })
+            | WatchMessage::Nack(api::Nack { version: answered, .. }),
+        ) => answered >= version,
+        Some(WatchMessage::Hello(_) | WatchMessage::State(_)) | None => false,
+    }
+}
+
+fn note(
+    session: &Handle<'_>,
+    feed: &mut Feed,
+    node: &str,
+    answer: api::WatchRequest,
+) -> Result<(), Status> {
     match answer.message {
         Some(WatchMessage::Ack(api::Ack { version })) => session.update(|session| {
             if session.sent.is_some_and(|(sent, _)| version <= sent) {
@@ -314,6 +438,7 @@ fn note(session: &Handle<'_>, node: &str, answer: api::WatchRequest) -> Result<(
         Some(WatchMessage::Nack(api::Nack { version, error })) => {
             let error = cut(&error);
             tracing::warn!(node, version, error, "the agent cannot use the snapshot");
+            feed.refused(version);
             session.update(|session| session.refused = Some((version, error)));
         }
         Some(WatchMessage::State(state)) => {

@@ -8,22 +8,55 @@ mod file;
 use std::{
     collections::{BTreeMap, HashMap, HashSet, btree_map},
     net::{IpAddr, SocketAddr},
+    sync::Arc,
 };
 
 use mesh_common::api;
 
 pub use self::file::Files;
-use crate::registry::{Problem, Registry, is_host};
+use crate::{
+    keyed::{self, Keyed},
+    registry::{Problem, Registry, is_host},
+};
 
 /// What agents are told of services. Always in the same order, by name.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Services {
     /// The services.
-    pub services: Vec<api::Service>,
+    pub services: Vec<Arc<api::Service>>,
     /// Their endpoints.
-    pub slices: Vec<api::EndpointSlice>,
+    pub slices: Vec<Arc<api::EndpointSlice>>,
     /// The zones of nodes.
-    pub nodes: Vec<api::Node>,
+    pub nodes: Vec<Arc<api::Node>>,
+}
+
+impl Services {
+    /// Takes over from `before` what has not changed.
+    #[must_use]
+    pub fn sharing_with(mut self, before: &Self) -> Self {
+        keyed::share(&before.services, &mut self.services);
+        keyed::share(&before.slices, &mut self.slices);
+        keyed::share(&before.nodes, &mut self.nodes);
+        self
+    }
+}
+
+impl Keyed for api::Service {
+    fn key(&self) -> (&str, &str) {
+        (&self.namespace, &self.name)
+    }
+}
+
+impl Keyed for api::EndpointSlice {
+    fn key(&self) -> (&str, &str) {
+        (&self.namespace, &self.name)
+    }
+}
+
+impl Keyed for api::Node {
+    fn key(&self) -> (&str, &str) {
+        ("", &self.name)
+    }
 }
 
 /// A service, with its endpoints, that somebody wants to be published.
@@ -34,7 +67,7 @@ pub struct Claim {
     /// The service. Good in itself: no address or port in it is one that agents would refuse.
     pub service: api::Service,
     /// All slices of the service.
-    pub slices: Vec<api::EndpointSlice>,
+    pub slices: Vec<Arc<api::EndpointSlice>>,
 }
 
 /// Decides what is in force: `workloads` go before services, and the first claims before later ones.
@@ -45,9 +78,15 @@ pub fn resolve<'a>(
     nodes: impl IntoIterator<Item = &'a api::Node>,
     workloads: &Registry,
 ) -> (Services, Vec<Problem>) {
+    let claims: Vec<&Claim> = claims.into_iter().collect();
+    let wanted = claims.iter().flat_map(|claim| &claim.service.addresses);
+    let wanted: HashSet<IpAddr> =
+        wanted.filter_map(|text| Some(text.parse::<IpAddr>().ok()?.to_canonical())).collect();
+    // Of the many workloads those that matter.
     let pods: HashMap<IpAddr, &str> = workloads
         .workloads()
         .flat_map(|workload| workload.addresses.iter().map(|a| (*a, workload.uid.as_str())))
+        .filter(|(address, _)| wanted.contains(address))
         .collect();
     let mut problems = Vec::new();
     let mut taken = HashMap::<SocketAddr, &str>::new();
@@ -88,9 +127,9 @@ pub fn resolve<'a>(
         zones.entry(&*node.name).or_insert(node);
     }
     let services = Services {
-        services: services.into_values().collect(),
+        services: services.into_values().map(Arc::new).collect(),
         slices: slices.into_values().cloned().collect(),
-        nodes: zones.into_values().cloned().collect(),
+        nodes: zones.into_values().cloned().map(Arc::new).collect(),
     };
     (services, problems)
 }

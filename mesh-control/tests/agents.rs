@@ -187,9 +187,14 @@ struct Watch {
 }
 
 impl Watch {
+    /// Of an agent that knows nothing but whole snapshots.
     async fn open(node: &mut Node) -> Self {
+        Self::open_with(node, false).await
+    }
+
+    async fn open_with(node: &mut Node, deltas: bool) -> Self {
         let (answers, receiver) = mpsc::channel(8);
-        let hello = api::Hello { agent_version: "test".to_owned(), deltas: false };
+        let hello = api::Hello { agent_version: "test".to_owned(), deltas };
         answers.send(message(Message::Hello(hello))).await.unwrap();
         let snapshots =
             node.client.watch(ReceiverStream::new(receiver)).await.unwrap().into_inner();
@@ -199,6 +204,15 @@ impl Watch {
     async fn next(&mut self) -> api::Snapshot {
         let next = tokio::time::timeout(Duration::from_secs(20), self.snapshots.message());
         next.await.expect("a snapshot in time").unwrap().expect("a snapshot")
+    }
+
+    async fn ack(&self, version: u64) {
+        self.answer(Message::Ack(api::Ack { version })).await;
+    }
+
+    async fn nack(&self, version: u64) {
+        let error = "no use".to_owned();
+        self.answer(Message::Nack(api::Nack { version, error })).await;
     }
 
     async fn end(&mut self) -> Code {
@@ -255,6 +269,102 @@ async fn snapshots_come_at_once_and_after_each_change() {
 
     drop(watch);
     until(|| agent(&lab, "n1").is_none()).await;
+}
+
+fn uids(snapshot: &api::Snapshot) -> Vec<&str> {
+    snapshot.workloads.iter().map(|workload| workload.uid.as_str()).collect()
+}
+
+#[tokio::test]
+async fn an_agent_that_knows_differences_is_told_what_has_changed() {
+    let lab = Lab::start().await;
+    lab.register("u1", "n1", "10.0.0.1").await;
+    let mut node = lab.node("n1").await;
+    let mut watch = Watch::open_with(&mut node, true).await;
+    let first = watch.next().await;
+    assert_eq!((first.base_version, uids(&first)), (0, vec!["u1"]));
+
+    lab.register("u2", "n1", "10.0.0.2").await;
+    let second = watch.next().await;
+    assert_eq!((second.base_version, uids(&second)), (first.version, vec!["u2"]));
+    assert_eq!((second.bundle.as_ref(), second.settings, &second.removed), (None, None, &None));
+
+    fs::remove_file(lab.state("registry/u1.yaml")).unwrap();
+    let third = watch.next().await;
+    assert_eq!((third.base_version, uids(&third).len()), (second.version, 0));
+    assert_eq!(third.removed.unwrap().workload_uids, ["u1"]);
+    watch.ack(third.version).await;
+    until(|| agent(&lab, "n1").unwrap().in_sync).await;
+
+    // The same changes for one that does not know them, and after another start.
+    let mut old = lab.node("n2").await;
+    let mut old = Watch::open(&mut old).await;
+    assert_eq!(uids(&old.next().await), ["u2"]);
+    lab.register("u3", "n1", "10.0.0.3").await;
+    let whole = old.next().await;
+    assert_eq!((whole.base_version, uids(&whole)), (0, vec!["u2", "u3"]));
+    assert!(whole.bundle.is_some() && whole.settings.is_some());
+    let mut again = Watch::open_with(&mut node, true).await;
+    let whole = again.next().await;
+    assert_eq!((whole.base_version, uids(&whole)), (0, vec!["u2", "u3"]));
+}
+
+#[tokio::test]
+async fn after_a_refused_difference_comes_the_whole_snapshot_and_then_differences() {
+    let lab = Lab::start().await;
+    lab.register("u1", "n1", "10.0.0.1").await;
+    let mut node = lab.node("n1").await;
+    let mut watch = Watch::open_with(&mut node, true).await;
+    watch.next().await;
+    lab.register("u2", "n1", "10.0.0.2").await;
+    let refused = watch.next().await.version;
+    watch.nack(refused).await;
+    let whole = watch.next().await;
+    assert_eq!((whole.version, whole.base_version, uids(&whole)), (refused, 0, vec!["u1", "u2"]));
+    watch.ack(refused).await;
+    until(|| agent(&lab, "n1").unwrap().in_sync).await;
+    lab.register("u3", "n1", "10.0.0.3").await;
+    let difference = watch.next().await;
+    assert_eq!((difference.base_version, uids(&difference)), (refused, vec!["u3"]));
+
+    // A whole one that was refused is not sent again; the next is whole, too.
+    let mut watch = Watch::open_with(&mut node, true).await;
+    let refused = watch.next().await.version;
+    watch.nack(refused).await;
+    until(|| agent(&lab, "n1").unwrap().last_error.is_some()).await;
+    lab.register("u4", "n1", "10.0.0.4").await;
+    let whole = watch.next().await;
+    assert_eq!((whole.base_version, uids(&whole).len()), (0, 4));
+    assert!(whole.version > refused);
+}
+
+/// Those of agents that know no parts are whole in memory: four at a time.
+#[tokio::test]
+async fn whole_snapshots_wait_for_their_turn() {
+    let lab = Lab::start().await;
+    let mut nodes = Vec::new();
+    for name in ["n1", "n2", "n3", "n4", "n5", "n6"] {
+        nodes.push(lab.node(name).await);
+    }
+    let (last, nodes) = nodes.split_last_mut().unwrap();
+    let (fifth, four) = nodes.split_last_mut().unwrap();
+    let mut watches = Vec::new();
+    for node in four {
+        let mut watch = Watch::open(node).await;
+        watch.next().await;
+        watches.push(watch);
+    }
+    let mut waiting = Watch::open(fifth).await;
+    let mut next = std::pin::pin!(waiting.next());
+    let early = tokio::time::timeout(Duration::from_millis(300), &mut next).await;
+    early.unwrap_err();
+    let version = lab.control.publisher().version();
+    watches[2].ack(version).await;
+    assert_eq!(next.await.version, version);
+    // One that goes away gives way as well.
+    let mut waiting = Watch::open(last).await;
+    drop(watches);
+    waiting.next().await;
 }
 
 #[tokio::test]

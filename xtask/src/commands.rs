@@ -127,6 +127,13 @@ fn ensure_root() -> Result<()> {
     Ok(())
 }
 
+/// Runs the simulated measurement of a large cluster.
+pub(crate) fn scale(arguments: &[String]) -> Result<()> {
+    setup(Tools::Build)?;
+    let bench = ["bench", "--package", "mesh-agent", "--bench", "scale", "--"];
+    run(cargo().args(bench).args(arguments))
+}
+
 /// Checks formatting and runs clippy with every warning denied.
 pub(crate) fn lint() -> Result<()> {
     setup(Tools::Build)?;

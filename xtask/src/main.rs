@@ -1,4 +1,4 @@
-//! Developer commands: `cargo xtask build | test | lint | demo | bench | image | manifests | e2e`.
+//! Developer commands: `cargo xtask --help` lists them.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -64,6 +64,12 @@ enum Verb {
     /// What runs in the pods of `e2e`.
     #[command(subcommand, hide = true)]
     Pod(pod::Command),
+    /// Measure what a large cluster costs, without having one. See docs/scale.md.
+    Scale {
+        /// `--nodes`, `--pods`, `--services`, `--changes`, `--seconds`, `--streams`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
     /// Check formatting, and run clippy over the host crates and the eBPF programs.
     Lint,
 }
@@ -98,6 +104,7 @@ fn run(arguments: Arguments) -> Result<()> {
         Verb::Manifests => deploy::render(commands::root()?),
         Verb::E2e(arguments) => e2e::run(&arguments),
         Verb::Pod(command) => pod::run(command),
+        Verb::Scale { arguments } => commands::scale(&arguments),
         Verb::Lint => commands::lint(),
     }
 }

@@ -28,7 +28,7 @@ const STEP_WITHIN: Duration = Duration::from_secs(5);
 const PROBE_EVERY: Duration = Duration::from_secs(10);
 const PROBE_WITHIN: Duration = Duration::from_secs(10);
 
-/// A snapshot of 200 000 pods has about half of it.
+/// From a control plane that knows no parts a snapshot is one message.
 const MAX_MESSAGE_BYTES: usize = 64 << 20;
 
 /// The control plane's API over one connection. Once that is lost every call fails.

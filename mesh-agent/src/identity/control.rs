@@ -20,6 +20,7 @@ use super::{
     connect::{self, Client, ConnectError, connect, words},
     joining::{Spent, Ticket},
     node::{NodeError, NodeIdentity, NodeIssuer},
+    parts::{Parts, PartsError},
     schedule::{Clock, before_it_is_too_late, retry_delays, while_certificates_last},
     snapshots::Snapshots,
     status::{Connection, Counters, Problem, Status, count},
@@ -224,6 +225,7 @@ impl Link {
         connection: connect::Connection,
     ) -> Result<NodeIdentity, LinkError> {
         let connect::Connection { mut client, endpoint, server_chain } = connection;
+        let server_chain = server_chain.into();
         let (answers, requests) = mpsc::channel(UNSENT_ANSWERS);
         let say = |message| {
             answers
@@ -232,7 +234,7 @@ impl Link {
         };
         say(Message::Hello(api::Hello {
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
-            deltas: false,
+            deltas: true,
         }))?;
         let mut stream = timeout(ANSWER_WITHIN, client.watch(ReceiverStream::new(requests)))
             .await
@@ -243,6 +245,7 @@ impl Link {
 
         let mut state = self.state.clone();
         state.mark_changed();
+        let mut parts = Parts::default();
         let distrusted = Notify::new();
         let mut renewal = pin!(self.renew(identity, client, &distrusted));
         loop {
@@ -258,7 +261,9 @@ impl Link {
                     Err(status) => return Err(LinkError::Lost(words(&status))),
                 },
             };
-            say(self.apply(snapshot, &server_chain))?;
+            let lost = |error: PartsError| LinkError::Lost(error.to_string());
+            let Some(snapshot) = parts.add(snapshot).map_err(lost)? else { continue };
+            say(self.apply(snapshot, &server_chain).await?)?;
             if let Some(bundle) = self.snapshots.current().bundle()
                 && !identity.is_vouched_for_by(bundle, self.clock.now())
             {
@@ -268,9 +273,18 @@ impl Link {
     }
 
     /// Puts a snapshot to use, or not, and says so.
-    fn apply(&self, snapshot: api::Snapshot, server_chain: &[CertificateDer<'_>]) -> Message {
+    async fn apply(
+        &self,
+        snapshot: api::Snapshot,
+        server_chain: &Arc<[CertificateDer<'static>]>,
+    ) -> Result<Message, LinkError> {
         let version = snapshot.version;
-        match self.snapshots.apply(snapshot, server_chain, self.clock.now()) {
+        let (snapshots, chain) = (Arc::clone(&self.snapshots), Arc::clone(server_chain));
+        let now = self.clock.now();
+        // A large one takes a good part of a second: connections must not wait for it.
+        let applied =
+            tokio::task::spawn_blocking(move || snapshots.apply(snapshot, &chain, now)).await;
+        Ok(match applied.map_err(|error| LinkError::Lost(error.to_string()))? {
             Ok(()) => {
                 count(&self.counters.snapshots_applied);
                 self.status.send_modify(|status| {
@@ -285,7 +299,7 @@ impl Link {
                 self.report(&format!("snapshot {version} refused: {error}"));
                 Message::Nack(api::Nack { version, error: error.to_string() })
             }
-        }
+        })
     }
 
     /// Gets the node's next certificate when it is time, however long that takes.

@@ -4,14 +4,15 @@
 use std::{
     fs, io,
     io::{Read as _, Write as _},
-    os::unix::fs::{DirBuilderExt as _, MetadataExt as _},
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
 };
 
+use mesh_common::api::MAX_SNAPSHOT_BYTES;
 use zeroize::Zeroizing;
 
-/// More than any file here can grow to: a snapshot of 200 000 pods has about half of it.
-const MAX_FILE_BYTES: u64 = 64 << 20;
+/// More than any file here can grow to.
+const MAX_FILE_BYTES: u64 = 2 * MAX_SNAPSHOT_BYTES as u64;
 
 /// How the temporary files of unfinished writes begin. Other names must not.
 const UNFINISHED: &str = ".unfinished-";
@@ -70,11 +71,30 @@ impl PrivateDir {
 
     /// Replaces a file, which a crash at any moment leaves either old or new.
     pub(super) fn write(&self, name: &str, contents: &[u8]) -> io::Result<()> {
+        self.write_all(name, [contents])
+    }
+
+    /// The same with contents that come in pieces.
+    pub(super) fn write_all<B: AsRef<[u8]>>(
+        &self,
+        name: &str,
+        contents: impl IntoIterator<Item = B>,
+    ) -> io::Result<()> {
         let mut file = tempfile::Builder::new().prefix(UNFINISHED).tempfile_in(&self.0)?;
-        file.write_all(contents)?;
+        let mut buffered = io::BufWriter::new(&mut file);
+        contents.into_iter().try_for_each(|piece| buffered.write_all(piece.as_ref()))?;
+        buffered.flush()?;
+        drop(buffered);
         file.as_file().sync_all()?;
         file.persist(self.path(name))?;
         Ok(())
+    }
+
+    /// Adds to a file, which is made if there is none. A crash can leave a part of it.
+    pub(super) fn append(&self, name: &str, contents: &[u8]) -> io::Result<()> {
+        let mut file =
+            fs::OpenOptions::new().append(true).create(true).mode(0o600).open(self.path(name))?;
+        file.write_all(contents)
     }
 
     /// Removes a file. One that is not there is no error.

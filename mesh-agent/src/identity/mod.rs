@@ -12,6 +12,7 @@ mod credentials;
 mod files;
 mod joining;
 mod node;
+mod parts;
 mod registry;
 mod reporting;
 mod rotation;
@@ -19,6 +20,7 @@ mod schedule;
 mod services;
 mod snapshots;
 mod status;
+mod stored;
 mod svid;
 mod svid_store;
 mod token_watch;
@@ -60,7 +62,7 @@ pub struct Config {
     /// What the node joins with while it has no usable certificate.
     pub credential: Credential,
     /// An existing directory of mode 0700. Used in it: `node.pem`, `node-roots.pem`,
-    /// `snapshot.pb` and the directory `svid`.
+    /// `snapshot.pb`, `snapshot-changes.pb` and the directory `svid`.
     pub runtime_dir: PathBuf,
     /// What the control plane is told of this node's pods; nothing as long as nobody has looked.
     pub state: watch::Receiver<Option<api::State>>,

@@ -1,6 +1,10 @@
 //! The snapshot in use: checked before it is published, and kept for the next start.
 
-use std::{sync::Arc, time::SystemTime};
+use std::{
+    io,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::SystemTime,
+};
 
 use mesh_common::{
     api,
@@ -14,10 +18,9 @@ use super::{
     files::PrivateDir,
     registry::{RegistryError, Snapshot},
     status::{Counters, count},
+    stored::{FILE, Stored},
     svid::unix,
 };
-
-const FILE: &str = "snapshot.pb";
 
 /// Why a snapshot is refused.
 #[derive(Debug, thiserror::Error)]
@@ -37,19 +40,23 @@ pub(super) struct Snapshots {
     dir: PrivateDir,
     counters: Arc<Counters>,
     current: watch::Sender<Arc<Snapshot>>,
+    /// Held while the snapshot is replaced.
+    stored: Mutex<Stored>,
 }
 
 impl Snapshots {
     /// Starts with the snapshot that was in use last, or with none.
     pub(super) fn open(dir: PrivateDir, counters: Arc<Counters>) -> Self {
-        let stored = load(&dir).unwrap_or_else(|error| {
+        let (stored, snapshot) = Stored::load(dir.clone());
+        let snapshot = snapshot.unwrap_or_else(|error| {
             count(&counters.file_errors);
             let path = dir.path(FILE);
             tracing::warn!(path = %path.display(), error, "ignoring the stored snapshot: nothing \
                 is known about any pod until the control plane sends one");
             Snapshot::default()
         });
-        Self { dir, counters, current: watch::Sender::new(Arc::new(stored)) }
+        let current = watch::Sender::new(Arc::new(snapshot));
+        Self { dir, counters, current, stored: Mutex::new(stored) }
     }
 
     /// What everything else reads.
@@ -62,22 +69,24 @@ impl Snapshots {
         Arc::clone(&self.current.borrow())
     }
 
-    /// Puts a snapshot to use, or leaves everything as it is. `server_chain` is what the control
-    /// plane that sent it has shown.
+    /// Puts a snapshot, or what has changed since the one in use, to use, or leaves everything as
+    /// it is. `server_chain` is what the control plane that sent it has shown. Blocks on the file
+    /// system.
     pub(super) fn apply(
         &self,
-        message: api::Snapshot,
+        update: api::Snapshot,
         server_chain: &[CertificateDer<'_>],
         now: SystemTime,
     ) -> Result<(), SnapshotError> {
-        let bytes = message.encode_to_vec();
-        let snapshot = Snapshot::try_from(message)?;
+        let mut stored = self.stored();
+        let before = self.current();
+        let change = (update.base_version != 0).then(|| update.encode_length_delimited_to_vec());
+        let snapshot = before.updated(update)?;
         if let Some(bundle) = snapshot.bundle() {
             PeerVerifier::new(Arc::clone(bundle), Kind::Control)
                 .verify(server_chain, Usage::Server, unix(now))
                 .map_err(SnapshotError::CutOff)?;
         }
-        let before = self.current();
         if snapshot.version() < before.version() {
             tracing::warn!(
                 version = snapshot.version(),
@@ -86,55 +95,46 @@ impl Snapshots {
             );
         }
         tracing::debug!(version = snapshot.version(), "new snapshot");
-        self.publish(snapshot, &bytes);
+        self.note(match change {
+            Some(change) => stored.add(&change, &snapshot),
+            None => stored.replace(&snapshot),
+        });
+        self.current.send_replace(Arc::new(snapshot));
         Ok(())
     }
 
-    /// Replaces the trust bundle of the snapshot in use, if there is one, by a newer one.
+    /// Replaces the trust bundle of the snapshot in use, if there is one, by a newer one. Blocks on
+    /// the file system.
     pub(super) fn trust(&self, bundle: &TrustBundle) {
-        if self.current().bundle().is_none_or(|current| **current == *bundle) {
+        let mut stored = self.stored();
+        let before = self.current();
+        if before.bundle().is_none_or(|current| **current == *bundle) {
             return;
         }
-        let changed = load_message(&self.dir).and_then(|message| {
-            let message = message.ok_or("it is gone")?;
-            let message = api::Snapshot { bundle: Some(bundle.to_api()), ..message };
-            let bytes = message.encode_to_vec();
-            Ok((Snapshot::try_from(message).map_err(|error| error.to_string())?, bytes))
-        });
-        match changed {
-            Ok((snapshot, bytes)) => self.publish(snapshot, &bytes),
-            Err(error) => {
-                count(&self.counters.file_errors);
-                let path = self.dir.path(FILE);
-                tracing::error!(path = %path.display(), error, "cannot read the stored snapshot, \
-                    so the new trust bundle is not used: remove the file and restart the agent");
+        let mut message = api::Snapshot::default();
+        let fields = before.fields();
+        let version = before.version();
+        fields.for_each(|field| message.append(field));
+        message = api::Snapshot { version, bundle: Some(bundle.to_api()), ..message };
+        match before.updated(message) {
+            Ok(snapshot) => {
+                self.note(stored.replace(&snapshot));
+                self.current.send_replace(Arc::new(snapshot));
             }
+            Err(error) => tracing::error!(%error, "the new trust bundle is not used"),
         }
     }
 
-    fn publish(&self, snapshot: Snapshot, bytes: &[u8]) {
-        if let Err(error) = self.dir.write(FILE, bytes) {
+    fn stored(&self) -> MutexGuard<'_, Stored> {
+        self.stored.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn note(&self, result: io::Result<()>) {
+        if let Err(error) = result {
             count(&self.counters.file_errors);
             let path = self.dir.path(FILE);
             tracing::error!(path = %path.display(), %error, "cannot store the snapshot: after a \
                 restart an older one is used until the control plane is reached");
         }
-        let snapshot = snapshot.sharing_with(&self.current());
-        self.current.send_replace(Arc::new(snapshot));
     }
-}
-
-fn load(dir: &PrivateDir) -> Result<Snapshot, String> {
-    load_message(dir)?.map_or_else(
-        || Ok(Snapshot::default()),
-        |message| message.try_into().map_err(|error: RegistryError| error.to_string()),
-    )
-}
-
-fn load_message(dir: &PrivateDir) -> Result<Option<api::Snapshot>, String> {
-    let bytes = dir.read(FILE).map_err(|error| error.to_string())?;
-    bytes
-        .map(|bytes| api::Snapshot::decode(bytes.as_slice()))
-        .transpose()
-        .map_err(|error| error.to_string())
 }

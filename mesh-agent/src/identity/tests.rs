@@ -1,6 +1,7 @@
 //! The whole subsystem against a control plane in this process. Most tests run on tokio's paused
 //! clock: days pass in no time, and nothing depends on how fast this machine is.
 
+mod differences;
 mod fake;
 mod kubernetes;
 mod node;

@@ -130,8 +130,7 @@ impl Controller {
             return false;
         };
         let here: BTreeMap<&str, &Workload> = registry
-            .workloads()
-            .filter(|workload| workload.node == self.node)
+            .on_node(&self.node)
             .map(|workload| (workload.uid.as_str(), &**workload))
             .collect();
         self.let_go(&here, &enrolled).await;

@@ -3,28 +3,28 @@
 
 use std::net::IpAddr;
 
-use k8s_openapi::api::core::v1::{Namespace, ObjectReference, Pod};
-use kube::Resource as _;
+use k8s_openapi::api::core::v1::{Namespace, ObjectReference};
 
-use super::registry::{addresses, is_over, labels, membership};
-use crate::status::OutsidePod;
+use super::{facts::Facts, registry::labels};
+use crate::{registry::Workload, status::OutsidePod};
 
 /// The pods that are on a node and not in the mesh, by namespace and name.
 pub fn outside<'a>(
-    pods: impl IntoIterator<Item = &'a Pod>,
+    pods: impl IntoIterator<Item = &'a Facts>,
     namespaces: impl IntoIterator<Item = &'a Namespace>,
     own_namespace: &str,
 ) -> Vec<OutsidePod> {
     let labels = labels(namespaces);
-    let outside = |pod: &Pod| {
-        let membership = membership(pod, &labels, own_namespace)?;
-        if membership.is_member() || is_over(pod) {
+    let outside = |pod: &Facts| {
+        let membership = pod.membership(&labels, own_namespace);
+        let Workload { namespace, name, node, .. } = &*pod.workload;
+        if membership.is_member() || pod.over || node.is_empty() {
             return None;
         }
         Some(OutsidePod {
-            namespace: pod.metadata.namespace.clone()?,
-            name: pod.metadata.name.clone()?,
-            node: pod.spec.as_ref()?.node_name.clone().filter(|node| !node.is_empty())?,
+            namespace: namespace.clone(),
+            name: name.clone(),
+            node: node.clone(),
             why: membership.to_string(),
         })
     };
@@ -43,15 +43,15 @@ pub enum Owner {
 }
 
 /// Who has an address, if it is somebody of this cluster.
-pub fn owner<'a>(pods: impl IntoIterator<Item = &'a Pod>, address: IpAddr) -> Option<Owner> {
-    let found = pods.into_iter().filter(|pod| !is_over(pod) && addresses(pod).contains(&address));
+pub fn owner<'a>(pods: impl IntoIterator<Item = &'a Facts>, address: IpAddr) -> Option<Owner> {
+    let has = |pod: &&Facts| !pod.over && pod.workload.addresses.contains(&address);
     // Of two the newer one: addresses are used again.
-    let pod = found.max_by_key(|pod| pod.metadata.creation_timestamp.clone())?;
-    let spec = pod.spec.as_ref()?;
-    if spec.host_network == Some(true) {
-        return spec.node_name.clone().map(Owner::Node);
-    }
-    Some(Owner::Pod(Box::new(pod.object_ref(&()))))
+    let pod = pods.into_iter().filter(has).max_by_key(|pod| &pod.created)?;
+    Some(if pod.host_network {
+        Owner::Node(pod.workload.node.clone())
+    } else {
+        Owner::Pod(Box::new(pod.reference()))
+    })
 }
 
 #[cfg(test)]
@@ -60,7 +60,7 @@ mod tests {
 
     use super::*;
 
-    fn pod(namespace: &str, name: &str, ip: &str, spec: serde_json::Value) -> Pod {
+    fn pod(namespace: &str, name: &str, ip: &str, spec: serde_json::Value) -> Facts {
         let mut pod = json!({
             "metadata": {"namespace": namespace, "name": name, "uid": format!("{name}-uid")},
             "spec": {"nodeName": "n1", "containers": []},
@@ -68,7 +68,7 @@ mod tests {
         });
         let spec = spec.as_object().unwrap().clone();
         pod["spec"].as_object_mut().unwrap().extend(spec);
-        serde_json::from_value(pod).unwrap()
+        Facts::of(serde_json::from_value(pod).unwrap())
     }
 
     #[test]
@@ -77,7 +77,7 @@ mod tests {
         let shop = json!({"metadata": {"name": "shop", "labels": labels}});
         let shop: Namespace = serde_json::from_value(shop).unwrap();
         let mut over = pod("legacy", "job", "10.0.0.9", json!({}));
-        over.status.as_mut().unwrap().phase = Some("Succeeded".to_owned());
+        over.over = true;
         let pods = [
             pod("shop", "cart", "10.0.0.1", json!({})),
             pod("shop", "exporter", "192.0.2.1", json!({"hostNetwork": true})),

@@ -2,24 +2,19 @@
 
 use std::{
     cmp::Reverse,
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, HashMap},
     net::IpAddr,
+    sync::Arc,
 };
 
-use k8s_openapi::{
-    api::core::v1::{Namespace, Pod},
-    apimachinery::pkg::apis::meta::v1::ObjectMeta,
-};
-use mesh_common::{
-    abi::MAX_POD_ADDRESSES,
-    membership::{self, Map, Membership, Pod as Candidate},
-    spiffe::check_segment,
-};
+use k8s_openapi::api::core::v1::Namespace;
+use mesh_common::membership::Map;
 
-use crate::registry::{Workload, is_host};
+use super::facts::Facts;
+use crate::registry::Workload;
 
-/// The label that a Deployment gives to its ReplicaSets and their pods.
-pub(super) const TEMPLATE_HASH: &str = "pod-template-hash";
+/// The labels of each namespace.
+pub(super) type Labels<'a> = BTreeMap<&'a str, &'a Map>;
 
 /// The workloads of the cluster. `own_namespace` is where nodemesh is installed.
 ///
@@ -28,133 +23,60 @@ pub(super) const TEMPLATE_HASH: &str = "pod-template-hash";
 ///
 /// Of pods that claim one UID the one whose own it is is registered, then the oldest; no other.
 pub fn workloads<'a>(
-    pods: impl IntoIterator<Item = &'a Pod>,
+    pods: impl IntoIterator<Item = &'a Facts>,
     namespaces: impl IntoIterator<Item = &'a Namespace>,
     own_namespace: &str,
-) -> Vec<Workload> {
+) -> Vec<Arc<Workload>> {
     let labels = labels(namespaces);
-    let mut pods: Vec<&Pod> = pods.into_iter().filter(|pod| !is_over(pod)).collect();
-    pods.sort_by_cached_key(|pod| {
-        let ObjectMeta { creation_timestamp, uid: own, .. } = &pod.metadata;
-        (uid(pod) != own.as_deref(), creation_timestamp.clone(), own.clone())
-    });
-    let mut known = HashSet::new();
-    pods.retain(|pod| known.insert(uid(pod)));
-    pods.sort_by_cached_key(|pod| {
-        let ObjectMeta { creation_timestamp, uid, .. } = &pod.metadata;
-        (phase(pod) != "Running", Reverse(creation_timestamp.clone()), uid.clone())
-    });
-    let mut taken = HashSet::new();
+    let (mut pods, mut standing_in): (Vec<&Facts>, Vec<&Facts>) =
+        pods.into_iter().filter(|pod| !pod.over).partition(|pod| pod.has_own_uid());
+    standing_in.sort_by_key(|pod| Reverse((&pod.created, pod.own_uid())));
+    let mut standing_in: HashMap<_, _> =
+        standing_in.into_iter().map(|pod| (&pod.workload.uid, pod)).collect();
+    if !standing_in.is_empty() {
+        for pod in &pods {
+            standing_in.remove(&pod.workload.uid);
+        }
+    }
+    pods.extend(standing_in.into_values());
+
+    let rank = |pod: &'a Facts| (!pod.running, Reverse(&pod.created), pod.own_uid());
+    let mut owners = HashMap::<IpAddr, &Facts>::with_capacity(pods.len());
+    for pod in &pods {
+        // A pod outside the mesh has its addresses as well.
+        for address in &pod.workload.addresses {
+            let owner = owners.entry(*address).or_insert(pod);
+            if !std::ptr::eq(*owner, *pod) && rank(pod) < rank(owner) {
+                *owner = pod;
+            }
+        }
+    }
+    let in_mesh = |pod: &&Facts| pod.usable && pod.membership(&labels, own_namespace).is_member();
     pods.into_iter()
-        .filter_map(|pod| {
-            // A pod outside the mesh has its addresses as well.
-            let mut addresses = addresses(pod);
-            addresses.retain(|address| taken.insert(*address));
-            workload(pod, addresses, &labels, own_namespace)
+        .filter(in_mesh)
+        .map(|pod| {
+            let is_own = |address: &&IpAddr| std::ptr::eq(owners[*address], pod);
+            let claimed = &pod.workload.addresses;
+            if claimed.iter().all(|address| is_own(&address)) {
+                return Arc::clone(&pod.workload);
+            }
+            let addresses = claimed.iter().filter(is_own).copied().collect();
+            Arc::new(Workload { addresses, ..pod.workload.as_ref().clone() })
         })
         .collect()
 }
 
 /// The labels of the namespaces.
-pub(super) fn labels<'a>(
-    namespaces: impl IntoIterator<Item = &'a Namespace>,
-) -> BTreeMap<&'a str, &'a Map> {
+pub(super) fn labels<'a>(namespaces: impl IntoIterator<Item = &'a Namespace>) -> Labels<'a> {
     let of = |found: &'a Namespace| {
         Some((found.metadata.name.as_deref()?, found.metadata.labels.as_ref()?))
     };
     namespaces.into_iter().filter_map(of).collect()
 }
 
-/// Whether a pod is in the mesh; none if its record is not complete.
-pub(super) fn membership(
-    pod: &Pod,
-    labels: &BTreeMap<&str, &Map>,
-    own_namespace: &str,
-) -> Option<Membership> {
-    let nothing = Map::new();
-    let (metadata, spec) = (&pod.metadata, pod.spec.as_ref()?);
-    let namespace = metadata.namespace.as_deref()?;
-    let candidate = Candidate {
-        namespace,
-        namespace_labels: labels.get(namespace).copied().unwrap_or(&nothing),
-        labels: metadata.labels.as_ref().unwrap_or(&nothing),
-        annotations: metadata.annotations.as_ref().unwrap_or(&nothing),
-        host_network: spec.host_network.unwrap_or_default(),
-    };
-    Some(Membership::of(&candidate, own_namespace))
-}
-
-fn workload(
-    pod: &Pod,
-    addresses: Vec<IpAddr>,
-    labels: &BTreeMap<&str, &Map>,
-    own_namespace: &str,
-) -> Option<Workload> {
-    if !membership(pod, labels, own_namespace)?.is_member() {
-        return None;
-    }
-    let (metadata, spec) = (&pod.metadata, pod.spec.as_ref()?);
-    let workload = Workload {
-        uid: uid(pod)?.to_owned(),
-        name: metadata.name.clone()?,
-        namespace: metadata.namespace.clone()?,
-        service_account: spec.service_account_name.clone().unwrap_or("default".to_owned()),
-        node: spec.node_name.clone()?,
-        addresses,
-        owner: owner(pod).unwrap_or_default(),
-    };
-    let Workload { uid, name, namespace, service_account, node, .. } = &workload;
-    // Agents would refuse the whole snapshot for one name that they cannot use.
-    let usable = [uid, name, namespace, service_account, node];
-    usable.iter().all(|name| check_segment(name).is_ok()).then_some(workload)
-}
-
-/// The UID by which the pod's node knows it.
-pub(super) fn uid(pod: &Pod) -> Option<&str> {
-    let own = pod.metadata.uid.as_deref()?;
-    let annotations = pod.metadata.annotations.as_ref();
-    Some(annotations.map_or(own, |annotations| membership::uid(own, annotations)))
-}
-
-/// Whether a pod has ended: its record and its addresses say nothing any more.
-pub(super) fn is_over(pod: &Pod) -> bool {
-    matches!(phase(pod), "Succeeded" | "Failed")
-}
-
-fn phase(pod: &Pod) -> &str {
-    pod.status.as_ref().and_then(|status| status.phase.as_deref()).unwrap_or_default()
-}
-
-/// The pod's addresses, canonical.
-pub(super) fn addresses(pod: &Pod) -> Vec<IpAddr> {
-    let reported = pod.status.iter().flat_map(|status| status.pod_ips.iter().flatten());
-    let mut addresses: Vec<IpAddr> = reported
-        .filter_map(|found| found.ip.parse().ok())
-        .map(|address: IpAddr| address.to_canonical())
-        .filter(|address| is_host(*address))
-        .collect();
-    addresses.sort_unstable();
-    addresses.dedup();
-    addresses.truncate(MAX_POD_ADDRESSES);
-    addresses
-}
-
-/// A ReplicaSet whose name ends with the pod's template hash was made by a Deployment.
-fn owner(pod: &Pod) -> Option<String> {
-    let owners = pod.metadata.owner_references.as_ref()?;
-    let owner = owners.iter().find(|owner| owner.controller == Some(true))?;
-    let hash = pod.metadata.labels.as_ref().and_then(|labels| labels.get(TEMPLATE_HASH));
-    let deployment = hash
-        .filter(|_| owner.kind == "ReplicaSet")
-        .and_then(|hash| owner.name.strip_suffix(hash.as_str())?.strip_suffix('-'));
-    Some(match deployment {
-        Some(name) => format!("Deployment/{name}"),
-        None => format!("{}/{}", owner.kind, owner.name),
-    })
-}
-
 #[cfg(test)]
 mod tests {
+    use k8s_openapi::api::core::v1::Pod;
     use serde_json::{Value, json};
 
     use super::*;
@@ -182,7 +104,9 @@ mod tests {
     }
 
     fn of(pods: &[Pod]) -> Vec<Workload> {
-        workloads(pods, &namespaces(), "nodemesh-system")
+        let facts: Vec<_> = pods.iter().cloned().map(Facts::of).collect();
+        let found = workloads(&facts, &namespaces(), "nodemesh-system");
+        found.into_iter().map(Arc::unwrap_or_clone).collect()
     }
 
     #[test]

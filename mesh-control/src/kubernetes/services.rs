@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeSet, HashMap},
     net::{IpAddr, SocketAddr},
+    sync::Arc,
 };
 
 use k8s_openapi::api::{
@@ -14,10 +15,10 @@ use mesh_common::api::{self, Locality};
 use crate::{registry::is_host, services::Claim};
 
 /// The label by which a slice names its service.
-pub(super) const SERVICE_NAME: &str = "kubernetes.io/service-name";
+const SERVICE_NAME: &str = "kubernetes.io/service-name";
 
 /// The label of a node's zone.
-pub(super) const ZONE: &str = "topology.kubernetes.io/zone";
+const ZONE: &str = "topology.kubernetes.io/zone";
 
 /// The control plane's own Service, and its port for agents, as in the chart.
 const CONTROL: &str = "nodemesh-control";
@@ -30,17 +31,19 @@ const AFFINITY_SECONDS: i32 = 10_800;
 /// adding a service. Services without an address or a TCP port are left out.
 pub fn claims<'a>(
     services: impl IntoIterator<Item = &'a Service>,
-    slices: impl IntoIterator<Item = &'a EndpointSlice>,
+    slices: impl IntoIterator<Item = &'a Arc<api::EndpointSlice>>,
 ) -> Vec<Claim> {
     let mut theirs: HashMap<_, Vec<_>> = HashMap::new();
-    for slice in slices.into_iter().filter_map(slice) {
-        theirs.entry((slice.namespace.clone(), slice.service.clone())).or_default().push(slice);
+    for slice in slices {
+        let key = (slice.namespace.as_str(), slice.service.as_str());
+        theirs.entry(key).or_default().push(Arc::clone(slice));
     }
     let mut found: Vec<_> = services
         .into_iter()
         .filter_map(|found| {
             let service = service(found)?;
-            let key = (service.namespace.clone(), service.name.clone());
+            let metadata = &found.metadata;
+            let key = (metadata.namespace.as_deref()?, metadata.name.as_deref()?);
             let slices = theirs.remove(&key).unwrap_or_default();
             let origin = format!("service {}/{}", key.0, key.1);
             let age = found.metadata.creation_timestamp.clone();
@@ -127,20 +130,19 @@ pub fn slice(found: &EndpointSlice) -> Option<api::EndpointSlice> {
 /// Where the replicas of the control plane listen, by the slices of their own Service. Each once: of
 /// two address families IPv4. Those that are not ready, too.
 pub fn replicas<'a>(
-    slices: impl IntoIterator<Item = &'a EndpointSlice>,
+    slices: impl IntoIterator<Item = &'a Arc<api::EndpointSlice>>,
     own_namespace: &str,
 ) -> BTreeSet<SocketAddr> {
     let own = slices
         .into_iter()
-        .filter_map(slice)
         .filter(|slice| slice.namespace == own_namespace && slice.service == CONTROL);
     let addresses = own.flat_map(|slice| {
         let port = slice.ports.iter().find(|port| port.name == CONTROL_PORT);
         let port = port.and_then(|port| u16::try_from(port.port).ok());
-        let of = move |endpoint: api::Endpoint| {
+        let of = move |endpoint: &api::Endpoint| {
             Some(SocketAddr::new(endpoint.address.parse().ok()?, port?))
         };
-        slice.endpoints.into_iter().filter_map(of)
+        slice.endpoints.iter().filter_map(of)
     });
     let (v4, v6): (BTreeSet<_>, BTreeSet<_>) = addresses.partition(SocketAddr::is_ipv4);
     if v4.is_empty() { v6 } else { v4 }
@@ -261,7 +263,7 @@ mod tests {
                              "labels": {"kubernetes.io/service-name": "cart"}},
                 "addressType": "IPv4", "endpoints": [],
             });
-            serde_json::from_value::<EndpointSlice>(value).unwrap()
+            Arc::new(slice(&serde_json::from_value(value).unwrap()).unwrap())
         };
         let slices = [of("shop", "cart-1"), of("other", "cart-2"), of("shop", "cart-3")];
         let cart = made(
@@ -277,7 +279,7 @@ mod tests {
 
     #[test]
     fn replicas_are_the_endpoints_of_the_own_service() {
-        let slice = |namespace: &str, service: &str, ips: &[&str]| -> EndpointSlice {
+        let of = |namespace: &str, service: &str, ips: &[&str]| {
             let endpoint = |ip| json!({"addresses": [ip], "conditions": {"ready": false}});
             let value = json!({
                 "metadata": {
@@ -288,16 +290,16 @@ mod tests {
                 "ports": [{"name": "http", "port": 9464}, {"name": "grpc", "port": 8443}],
                 "endpoints": ips.iter().map(endpoint).collect::<Vec<_>>(),
             });
-            serde_json::from_value(value).unwrap()
+            Arc::new(slice(&serde_json::from_value(value).unwrap()).unwrap())
         };
         let own = "nodemesh-system";
         let slices = [
-            slice(own, "nodemesh-control", &["fd00::1", "fd00::2"]),
-            slice(own, "nodemesh-control", &["10.0.0.2", "10.0.0.1"]),
-            slice(own, "other", &["10.0.0.8"]),
-            slice("shop", "nodemesh-control", &["10.0.0.9"]),
+            of(own, "nodemesh-control", &["fd00::1", "fd00::2"]),
+            of(own, "nodemesh-control", &["10.0.0.2", "10.0.0.1"]),
+            of(own, "other", &["10.0.0.8"]),
+            of("shop", "nodemesh-control", &["10.0.0.9"]),
         ];
-        let of = |slices: &[EndpointSlice]| {
+        let of = |slices: &[Arc<api::EndpointSlice>]| {
             replicas(slices, own).iter().map(ToString::to_string).collect::<Vec<_>>()
         };
         assert_eq!(of(&slices), ["10.0.0.1:8443", "10.0.0.2:8443"]);

@@ -4,6 +4,7 @@ use std::{
     collections::{BTreeMap, HashSet},
     net::IpAddr,
     num::NonZeroU16,
+    sync::Arc,
     time::Duration,
 };
 
@@ -214,7 +215,7 @@ impl Service {
                 endpoints,
             }
         });
-        let slices = slices.collect();
+        let slices = slices.map(Arc::new).collect();
         let service = api::Service {
             ports: ports.iter().map(|port| service_port(&port.name, port.port)).collect(),
             namespace,

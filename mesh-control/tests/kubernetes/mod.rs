@@ -20,6 +20,7 @@ use mesh_control::{
     registry::{Registry, Workload},
     services::Files,
 };
+use prost::Message as _;
 use serde_json::{Value, json};
 use tonic::{Code, Status};
 
@@ -135,7 +136,8 @@ async fn an_agent_joins_with_its_service_account_token() {
     assert_eq!(Leaf::parse(&node.identity.cert[0]).unwrap().id.to_string(), NODE);
     renew(&mut node).await.unwrap();
     node.svid("p1").await.unwrap();
-    let snapshot = Arc::clone(&lab.control.publisher().subscribe().borrow());
+    let snapshot = lab.control.publisher().subscribe().borrow().in_one();
+    let snapshot = api::Snapshot::decode(snapshot.as_ref()).unwrap();
     assert_eq!(
         (snapshot.workloads[0].owner.as_str(), snapshot.nodes.len()),
         ("StatefulSet/cart", 1)

@@ -16,7 +16,7 @@ use std::{
 use futures::{Stream, StreamExt as _, stream};
 use mesh_common::{
     api::{
-        self,
+        self, Encoded,
         control_plane_server::{ControlPlane, ControlPlaneServer},
         watch_request::Message,
     },
@@ -151,6 +151,7 @@ struct Shared {
     state: Mutex<State>,
     frozen: watch::Sender<bool>,
     snapshot: watch::Sender<api::Snapshot>,
+    messages: watch::Sender<api::Snapshot>,
     answers: watch::Sender<Vec<Message>>,
     reports: watch::Sender<Vec<api::PodReport>>,
     dialled: watch::Sender<Vec<String>>,
@@ -180,6 +181,7 @@ impl Fake {
             }),
             frozen: watch::Sender::new(false),
             snapshot: watch::Sender::new(api::Snapshot { version: 1, ..Default::default() }),
+            messages: watch::Sender::default(),
             answers: watch::Sender::default(),
             reports: watch::Sender::default(),
             dialled: watch::Sender::default(),
@@ -209,6 +211,11 @@ impl Fake {
             change(snapshot);
         });
         self.0.snapshot.borrow().version
+    }
+
+    /// Sends this to the agents that are connected, whatever the registry is.
+    pub(super) fn send(&self, message: api::Snapshot) {
+        self.0.messages.send_replace(message);
     }
 
     pub(super) fn register(&self, workload: api::Workload) {
@@ -353,6 +360,17 @@ impl Fake {
         self.0.reports.subscribe()
     }
 
+    /// Waits until the agent has refused a version, and returns why.
+    pub(super) async fn refusal_of(&self, version: u64) -> String {
+        let of = |message: &Message| match message {
+            Message::Nack(nack) if nack.version == version => Some(nack.error.clone()),
+            Message::Ack(_) | Message::Nack(_) | Message::Hello(_) | Message::State(_) => None,
+        };
+        let mut answers = self.0.answers.subscribe();
+        let answers = answers.wait_for(|all| all.iter().any(|one| of(one).is_some())).await;
+        answers.unwrap().iter().find_map(of).unwrap()
+    }
+
     pub(super) fn dialled(&self) -> Vec<String> {
         self.0.dialled.borrow().clone()
     }
@@ -436,7 +454,7 @@ impl Fake {
 
 #[tonic::async_trait]
 impl ControlPlane for Fake {
-    type WatchStream = Pin<Box<dyn Stream<Item = Result<api::Snapshot, Status>> + Send>>;
+    type WatchStream = Pin<Box<dyn Stream<Item = Result<Encoded, Status>> + Send>>;
 
     async fn join(
         &self,
@@ -538,8 +556,10 @@ impl ControlPlane for Fake {
                 shared.answers.send_modify(|all| all.extend(answer.message));
             }
         });
-        let snapshots = WatchStream::new(self.0.snapshot.subscribe()).map(Ok);
-        Ok(Response::new(Box::pin(stream::select(snapshots, stream::pending()))))
+        let snapshots = WatchStream::new(self.0.snapshot.subscribe());
+        let messages = WatchStream::from_changes(self.0.messages.subscribe());
+        let sent = stream::select(snapshots, messages).map(|message| Ok(Encoded::from(&message)));
+        Ok(Response::new(Box::pin(stream::select(sent, stream::pending()))))
     }
 
     async fn report(

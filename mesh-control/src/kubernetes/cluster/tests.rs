@@ -199,11 +199,22 @@ async fn after_410_gone_a_missed_deletion_is_found() {
 
 #[tokio::test]
 async fn what_is_not_needed_is_not_kept() {
-    let cluster = cluster(vec![vec![pod("a", "10.0.0.1", 2)]], Vec::new());
+    let namespace = json!({
+        "apiVersion": "v1", "kind": "Namespace",
+        "metadata": {
+            "name": "shop", "labels": {"nodemesh.io/mesh": "enabled", "big": "x"},
+            "annotations": {"big": "x"}, "managedFields": [{}],
+        },
+        "status": {"phase": "Active"},
+    });
+    let cluster = watched(move |path, watch| match path {
+        path if path.starts_with("/api/v1/namespaces") && !watch => Some(vec![namespace.clone()]),
+        _ => (!watch).then(Vec::new),
+    });
     cluster.ready().await.unwrap();
-    let kept = cluster.pods.state();
-    let metadata = &kept[0].metadata;
-    assert!(metadata.managed_fields.is_none());
-    assert!(!metadata.labels.as_ref().unwrap().contains_key("big"));
-    assert!(kept[0].spec.as_ref().unwrap().containers.is_empty());
+    let kept = cluster.namespaces.state();
+    let metadata = &kept[0].what.metadata;
+    assert!(metadata.managed_fields.is_none() && kept[0].what.status.is_none());
+    assert_eq!(metadata.labels.as_ref().unwrap().len(), 1);
+    assert!(metadata.annotations.as_ref().unwrap().is_empty());
 }
