@@ -209,6 +209,9 @@ impl Datapath {
             pins::remove(&pin)?;
         }
         let directory = self.pins.pod(cookie);
+        for pin in fs::read_dir(&directory).into_iter().flatten().flatten() {
+            pins::remove(&pin.path())?;
+        }
         match fs::remove_dir_all(&directory) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 Err(BpfError::io(directory)(error))
