@@ -39,10 +39,12 @@ const CILIUM_ENCRYPTION: [&str; 2] = ["enable-wireguard", "enable-ipsec"];
 
 /// What whoever installs must be allowed to create: group, resource, and whether it is in the
 /// namespace of nodemesh.
-const CREATED: [(&str, &str, bool); 11] = [
+const CREATED: [(&str, &str, bool); 13] = [
     ("", "namespaces", false),
     ("rbac.authorization.k8s.io", "clusterroles", false),
     ("rbac.authorization.k8s.io", "clusterrolebindings", false),
+    ("admissionregistration.k8s.io", "validatingadmissionpolicies", false),
+    ("admissionregistration.k8s.io", "validatingadmissionpolicybindings", false),
     ("rbac.authorization.k8s.io", "roles", true),
     ("rbac.authorization.k8s.io", "rolebindings", true),
     ("", "serviceaccounts", true),
