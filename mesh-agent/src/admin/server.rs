@@ -147,17 +147,22 @@ fn is_trusted(uid: u32) -> bool {
 }
 
 /// What `enroll` sends.
+///
+/// An agent refuses what it does not know, since it may be what the caller relies on. So what an agent
+/// of the last release does not know is left out unless it is asked for.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Enrollment {
     pub(super) netns: PathBuf,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) udp: Option<Udp>,
 }
 
-/// What `unenroll` sends.
+/// What `unenroll` sends; as with [`Enrollment`].
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Withdrawal {
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) netns: Option<PathBuf>,
 }
 
