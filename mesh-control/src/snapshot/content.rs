@@ -65,7 +65,7 @@ impl Content {
     }
 
     /// How many entries there are.
-    pub const fn len(&self) -> usize {
+    pub const fn entries(&self) -> usize {
         let Services { services, slices, nodes } = &self.services;
         self.workloads.len() + services.len() + slices.len() + nodes.len()
     }
