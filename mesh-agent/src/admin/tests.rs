@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 use super::{status::Program, *};
 use crate::{
     config::Udp,
-    identity::{self, Counters, Snapshot},
+    identity::{self, Counters, Snapshot, Svid},
     pod::source::{PodEvent, directory::DirectorySource},
     stats::{Direction, Kind, Parties, Party, Problems, Stats},
     tunnel::TraceId,
@@ -41,6 +41,10 @@ impl Inspect for Fake {
 
     fn pods(&self) -> Vec<PodFacts> {
         self.0.lock().unwrap().clone()
+    }
+
+    fn svid(&self, _: &str) -> Option<watch::Receiver<Option<Arc<Svid>>>> {
+        None
     }
 }
 
@@ -165,6 +169,8 @@ async fn enrolling_answers_in_words() {
     let error = client.enroll("u1", &missing, None).await.unwrap_err();
     assert!(matches!(error, ClientError::Refused(_)), "{error}");
     assert!(error.to_string().contains("no network namespace at"), "{error}");
+    let error = client.certified("u1", 1).await.unwrap_err();
+    assert!(error.to_string().contains("u1 is not enrolled"), "{error}");
     let error = client.unenroll("u1", None).await.unwrap_err();
     assert!(error.to_string().contains("declares u1"), "{error}");
     client.unenroll("u1", Some(&missing)).await.unwrap();

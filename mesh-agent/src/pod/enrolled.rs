@@ -28,7 +28,7 @@ use super::{
     ledger::Entry,
     manager::Node,
     netns::Netns,
-    routing::{Changes, Routing},
+    routing::{Changes, Routing, settings_hold},
     sockets::{Facing, PodSockets, port_problem},
     source::PodSpec,
 };
@@ -74,6 +74,7 @@ pub struct PodState {
     pub listening: AtomicBool,
     /// Its certificate; none once it is un-enrolled.
     pub svid: Mutex<Option<SvidHandle>>,
+    namespace: Arc<Netns>,
     guarded: Mutex<Guarded>,
     listener_port: AtomicU64,
     wake: Notify,
@@ -104,6 +105,13 @@ impl PodState {
     /// Has the pod's namespace looked at, because something may have changed in it.
     pub fn wake(&self) {
         self.wake.notify_one();
+    }
+
+    /// Has it looked at if a setting in it is not what it has to be.
+    pub(super) fn check_settings(&self) {
+        if !settings_hold(&self.namespace) {
+            self.wake();
+        }
     }
 
     fn config(&self, inventory: &Inventory) -> PodConfig {
@@ -167,6 +175,7 @@ impl Enrolled {
             aborted: AtomicU64::new(0),
             listening: AtomicBool::new(false),
             svid: Mutex::new(None),
+            namespace: Arc::clone(&netns),
             guarded: Mutex::default(),
             listener_port: AtomicU64::new(0),
             wake: Notify::new(),
@@ -392,7 +401,7 @@ async fn guard_devices(
     inventory: &Inventory,
 ) -> Result<()> {
     let cookie = state.cookie;
-    let peers = host_peers(netns, &inventory.devices).await?;
+    let peers = host_peers(netns, inventory).await?;
     netns
         .try_run(|| node.datapath.guard_devices(cookie, &inventory.devices))
         .context("entering the pod's network namespace")??;
