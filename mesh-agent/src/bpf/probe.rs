@@ -9,8 +9,9 @@ use aya::{
     util::KernelVersion,
 };
 
-/// The first kernel with everything: tcx links are its latest part.
-const FIRST_KERNEL: KernelVersion = KernelVersion::new(6, 6, 0);
+/// The first kernel with everything: that `cgroup_skb` programs may ask for the namespace's cookie is
+/// its latest part.
+const FIRST_KERNEL: KernelVersion = KernelVersion::new(6, 12, 0);
 
 const PROGRAMS: [(&str, ProgramType); 6] = [
     ("cgroup socket address programs", ProgramType::CgroupSockAddr),
@@ -33,7 +34,7 @@ const MAPS: [(&str, MapType); 4] = [
 pub fn missing() -> Vec<&'static str> {
     let mut missing = Vec::new();
     if KernelVersion::current().is_ok_and(|version| version < FIRST_KERNEL) {
-        missing.push("tcx (Linux 6.6)");
+        missing.push("what came with Linux 6.12");
     }
     if !Path::new("/sys/kernel/btf/vmlinux").exists() {
         missing.push("type information (CONFIG_DEBUG_INFO_BTF)");
