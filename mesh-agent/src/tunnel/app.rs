@@ -40,7 +40,8 @@ impl AppSocket {
 
     /// Takes a socket that was made, or accepted by a listener that was made, with `SO_LINGER` 0 and
     /// `TCP_NODELAY`.
-    pub(crate) const fn prepared(stream: TcpStream) -> Self {
+    #[must_use]
+    pub const fn prepared(stream: TcpStream) -> Self {
         Self(stream)
     }
 
