@@ -5,6 +5,7 @@
 #   scripts/setup.sh build   the eBPF toolchain only (what `cargo build` needs)
 #   scripts/setup.sh all     and the tools that the laboratory and the demo use (default)
 #   scripts/setup.sh bench   and what `cargo xtask bench` measures with and compares with
+#   scripts/setup.sh vm      and an emulator, and the distribution's kernel for it in target/vm
 #
 # The eBPF object needs `core` built from source for the BPF target, and bpf-linker built against
 # the LLVM of the rustc that emits the bitcode. Two worlds provide that:
@@ -134,6 +135,23 @@ lab_tools() {
     apt_install apache2-bin curl iproute2 nftables
 }
 
+# The kernel is unpacked, not installed: this machine goes on with its own.
+vm_kernel() {
+    apt_install qemu-system-x86 busybox-static cpio
+    [ ! -e target/vm/complete ] || return 0
+    local package version
+    apt_update
+    package=$(apt-cache depends linux-image-amd64 | sed -n 's/^ *Depends: \(linux-image-.*\)/\1/p')
+    [ -n "$package" ] || die "no package linux-image-amd64 is known: the machine is emulated x86-64"
+    say "unpacking $package"
+    rm -rf target/vm
+    mkdir -p target/vm
+    (cd target/vm && apt-get download -qq "$package" && dpkg-deb -x ./*.deb . && rm ./*.deb)
+    version=$(ls target/vm/lib/modules)
+    busybox depmod -b "$PWD/target/vm" "$version"
+    touch target/vm/complete
+}
+
 case $what in
 build) ebpf_toolchain ;;
 all)
@@ -146,5 +164,10 @@ bench)
     apt_install wrk
     apt_install_idle nginx-light haproxy stunnel4
     ;;
-*) die "usage: scripts/setup.sh [build|all|bench]" ;;
+vm)
+    ebpf_toolchain
+    lab_tools
+    vm_kernel
+    ;;
+*) die "usage: scripts/setup.sh [build|all|bench|vm]" ;;
 esac

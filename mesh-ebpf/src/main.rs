@@ -92,6 +92,12 @@ pub fn egress(ctx: SkBuffContext) -> i32 {
     }
 }
 
+/// Loads where the first guard does: the kernel tells it whose a packet is (Linux 6.12).
+#[cgroup_skb(egress)]
+pub fn probe_egress(ctx: SkBuffContext) -> i32 {
+    if ctx::netns_cookie_of_packet(&ctx) == 0 { EGRESS_DROP } else { EGRESS_PASS }
+}
+
 /// Second guard: whatever leaves by a device of the pod that carries Ethernet frames.
 #[classifier]
 pub fn device(ctx: TcContext) -> i32 {

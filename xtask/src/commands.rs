@@ -6,9 +6,11 @@ use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, bail, ensure};
+
+use crate::vm;
 
 /// The part of the tools that `scripts/setup.sh` is to install.
 #[derive(Clone, Copy)]
@@ -19,6 +21,8 @@ enum Tools {
     All,
     /// And what the bench compares with.
     Bench,
+    /// What the laboratory needs, and a virtual machine with a kernel for it.
+    Vm,
 }
 
 /// Builds the binaries for the laboratory.
@@ -66,6 +70,25 @@ pub(crate) fn test(lab: Option<&str>, threads: u8) -> Result<()> {
     let threads = format!("--test-threads={threads}");
     run(cargo().args(["test", "--no-fail-fast"]).args(packages).args(["--", &threads]).args(lab))?;
     if lab.is_none() { replay_corpora() } else { Ok(()) }
+}
+
+/// Runs the laboratory tests with `filter` in their name on another kernel.
+pub(crate) fn test_in_vm(filter: &str, threads: u8) -> Result<()> {
+    setup(Tools::Vm)?;
+    run(cargo().args(["build", "--workspace", "--bins", "--tests"]))?;
+    let mut build = cargo();
+    build.args(["test", "--no-run", "--workspace", "--test", "*", "--message-format", "json"]);
+    let output = build.stderr(Stdio::inherit()).output().context("asking cargo for the tests")?;
+    ensure!(output.status.success(), "cargo test --no-run: {}", output.status);
+    let tests: Vec<PathBuf> = output
+        .stdout
+        .split(|byte| *byte == b'\n')
+        .filter_map(|line| serde_json::from_slice::<serde_json::Value>(line).ok())
+        .filter(|message| message["package_id"].as_str().is_some_and(|id| id.contains("xtask")))
+        .filter_map(|message| Some(message["executable"].as_str()?.into()))
+        .collect();
+    ensure!(!tests.is_empty(), "cargo names no laboratory tests");
+    vm::run(&root()?.join("target/vm"), &tests, filter, threads)
 }
 
 const FUZZ_MANIFEST: &str = "fuzz/Cargo.toml";
@@ -205,6 +228,7 @@ fn setup(tools: Tools) -> Result<()> {
         Tools::Build => "build",
         Tools::All => "all",
         Tools::Bench => "bench",
+        Tools::Vm => "vm",
     };
     run(Command::new(root()?.join("scripts/setup.sh")).arg(what))
 }

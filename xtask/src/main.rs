@@ -13,6 +13,7 @@ mod deploy;
 mod e2e;
 mod image;
 mod pod;
+mod vm;
 
 #[derive(Parser)]
 #[command(about = "Builds, tests and demonstrates nodemesh", arg_required_else_help = true)]
@@ -34,6 +35,10 @@ enum Verb {
         /// Run only laboratory tests, those whose name contains this.
         #[arg(long, value_name = "NAME", num_args = 0..=1, default_missing_value = "")]
         lab: Option<String>,
+        /// Run laboratory tests on the distribution's kernel, in a virtual machine. See
+        /// docs/operations.md.
+        #[arg(long)]
+        vm: bool,
         /// How many tests run at a time.
         #[arg(long, default_value_t = 2)]
         threads: u8,
@@ -91,7 +96,10 @@ fn run(arguments: Arguments) -> Result<()> {
             Ok(())
         }
         Verb::Build { release: false } => commands::build(),
-        Verb::Test { lab, threads } => commands::test(lab.as_deref(), threads),
+        Verb::Test { lab, vm: true, threads } => {
+            commands::test_in_vm(lab.as_deref().unwrap_or_default(), threads)
+        }
+        Verb::Test { lab, vm: false, threads } => commands::test(lab.as_deref(), threads),
         Verb::Demo => {
             commands::prepare_demo()?;
             demo::run()

@@ -8,9 +8,12 @@
 //!                                /pods/<cookie>/LISTENERS, steer, <guard>-<link id>
 //! ```
 //!
+//! Before Linux 6.6 the guards of devices are classic tc filters, which need no pin to stay.
+//!
 //! A later agent opens the maps, attaches its own programs and only then lets go of the old ones:
 //! at no moment is a pod unguarded.
 
+mod classic;
 mod events;
 mod node;
 mod pins;
@@ -30,7 +33,7 @@ pub use events::{Events, GuardEvent};
 pub use node::{Counted, Datapath, DropCount, Tag};
 pub use pins::is_bpffs;
 pub use pod::{Device, DeviceLink};
-pub use probe::missing;
+pub use probe::{Features, missing};
 
 /// What went wrong between the agent and the kernel's eBPF.
 #[derive(Debug, thiserror::Error)]

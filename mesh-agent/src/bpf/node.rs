@@ -24,7 +24,7 @@ use mesh_common::abi::{
     TAG_TUNNEL,
 };
 
-use super::{BpfError, Events, OBJECT, pins, pins::Pins, pod::Guard, probe};
+use super::{BpfError, Events, Features, OBJECT, pins, pins::Pins, pod::Guard, probe};
 
 /// Drops of one pod for one reason at one layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,6 +64,7 @@ pub struct Datapath {
     /// Whose connections reach the applications as they are, by network namespace cookie; 0 for
     /// nobody's.
     pub(super) host: u64,
+    features: Features,
     pods: Mutex<HashMap<MapData, u64, PodConfig>>,
     counters: Mutex<PerCpuHashMap<MapData, u64, PodCounters>>,
     sockets: Mutex<SkStorage<MapData, u32>>,
@@ -128,8 +129,9 @@ impl Datapath {
             let link = program.take_link(id).map_err(BpfError::program(name))?;
             pins::replace(FdLink::try_from(link)?, &pins.link(name))?;
         }
-        {
-            let name = "egress";
+        let features = Features::of(&mut ebpf);
+        let name = "egress";
+        if features.cgroup_guard {
             let program: &mut CgroupSkb = program(&mut ebpf, name)?;
             program.load().map_err(BpfError::program(name))?;
             let id = program
@@ -137,6 +139,17 @@ impl Datapath {
                 .map_err(BpfError::program(name))?;
             let link = program.take_link(id).map_err(BpfError::program(name))?;
             pins::replace(FdLink::try_from(link)?, &pins.link(name))?;
+        } else {
+            tracing::warn!(
+                "this kernel does not tell the first guard whose a packet is (Linux 6.12 does): \
+                 pods have the guards of their devices alone"
+            );
+        }
+        if !features.tcx {
+            tracing::warn!(
+                "this kernel has no tcx (Linux 6.6 has): pods' devices are guarded by classic tc \
+                 filters"
+            );
         }
         let name = "host_flows";
         if host.is_some() {
@@ -165,6 +178,7 @@ impl Datapath {
         let datapath = Self {
             pins,
             host: host_cookie,
+            features,
             pods: Mutex::new(pods),
             counters: Mutex::new(counters),
             sockets: Mutex::new(sockets),
@@ -263,11 +277,18 @@ impl Datapath {
         Ok(Counted { drops, datagrams })
     }
 
+    /// What this kernel gives.
+    pub const fn features(&self) -> Features {
+        self.features
+    }
+
     /// The node's programs, and whether each is attached.
     pub fn programs(&self) -> Vec<(&'static str, bool)> {
+        let egress = self.features.cgroup_guard.then_some("egress");
         let host_flows = (self.host != 0).then_some("host_flows");
-        ["connect4", "connect6", "egress"]
+        ["connect4", "connect6"]
             .into_iter()
+            .chain(egress)
             .chain(host_flows)
             .map(|name| (name, PinnedLink::from_pin(self.pins.link(name)).is_ok()))
             .collect()

@@ -11,14 +11,15 @@ use aya::{
     maps::SockMap,
     programs::{
         SchedClassifier, SkLookup, TcAttachType,
+        LinkOrder,
         links::{FdLink, PinnedLink},
-        tc::SchedClassifierLink,
+        tc::{SchedClassifierLink, TcAttachOptions},
     },
 };
 use mesh_common::abi::{INBOUND_LISTENER, OUTBOUND_LISTENER};
 
 use super::{
-    BpfError, Datapath, OBJECT,
+    BpfError, Datapath, OBJECT, classic,
     node::{lock, program},
     pins,
 };
@@ -125,12 +126,37 @@ impl Datapath {
         device: &Device,
     ) -> Result<(), BpfError> {
         let name = guard.program();
-        let id =
-            program.attach(&device.name, guard.direction()).map_err(BpfError::program(name))?;
+        if !self.features().tcx {
+            return classic::attach(program, &device.name, guard.direction())
+                .map_err(BpfError::program(name));
+        }
+        let last = TcAttachOptions::TcxOrder(LinkOrder::default());
+        let id = program
+            .attach_with_options(&device.name, guard.direction(), last)
+            .map_err(BpfError::program(name))?;
         let link = FdLink::try_from(program.take_link(id).map_err(BpfError::program(name))?)?;
         // Named by the link: an index says nothing about a device that changes its namespace.
         let pin = self.pins.pod(cookie).join(format!("{name}-{}", link.info()?.id()));
         pins::replace(link, &pin)
+    }
+
+    /// Takes the guards from a pod's devices where pins do not hold them, which [`Self::release`]
+    /// removes. Call in the pod's network namespace, after [`unguard_peers`].
+    ///
+    /// # Errors
+    ///
+    /// See [`BpfError`].
+    pub fn unguard_devices(devices: &[Device]) -> Result<(), BpfError> {
+        detach_all(&[Guard::Device, Guard::DeviceL3], devices)
+    }
+
+    /// The same with the host-side peers. Call in the network namespace of the host.
+    ///
+    /// # Errors
+    ///
+    /// See [`BpfError`].
+    pub fn unguard_peers(peers: &[Device]) -> Result<(), BpfError> {
+        detach_all(&[Guard::Peer], peers)
     }
 
     /// The pins of the links by which one guard is attached.
@@ -178,7 +204,7 @@ impl Datapath {
     }
 
     /// Whether everything that a pod's guards were attached to is gone. Without devices there is
-    /// nothing by which anything could leave.
+    /// nothing by which anything could leave. Known only where guards are links.
     ///
     /// # Errors
     ///
@@ -246,6 +272,15 @@ impl Guard {
             Self::Peer => TcAttachType::Ingress,
         }
     }
+}
+
+fn detach_all(guards: &[Guard], devices: &[Device]) -> Result<(), BpfError> {
+    let mut all = guards.iter().flat_map(|guard| devices.iter().map(move |device| (guard, device)));
+    all.try_for_each(|(guard, device)| {
+        let name = guard.program();
+        classic::detach(name, &device.name, guard.direction())
+            .map_err(|error| BpfError::program(name)(error.into()))
+    })
 }
 
 /// A program of the object, loaded into the kernel once.

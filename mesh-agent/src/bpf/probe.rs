@@ -3,14 +3,41 @@
 use std::path::Path;
 
 use aya::{
+    Ebpf,
     maps::MapType,
-    programs::ProgramType,
+    programs::{CgroupSkb, ProgramType, SchedClassifier, TcAttachType},
     sys::{is_map_supported, is_program_supported},
     util::KernelVersion,
 };
 
-/// The first kernel with everything: tcx links are its latest part.
-const FIRST_KERNEL: KernelVersion = KernelVersion::new(6, 6, 0);
+use super::node::program;
+
+/// The first kernel that the mesh was seen running on.
+const FIRST_KERNEL: KernelVersion = KernelVersion::new(6, 1, 0);
+
+/// What not every kernel has that the mesh can run on. Found out by trying: distributions carry
+/// features back to kernels with older numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Features {
+    /// Whether the first guard can tell whose a packet is (Linux 6.12). Without it a pod has the
+    /// guards of its devices alone.
+    pub cgroup_guard: bool,
+    /// Whether the guards of devices are links (tcx, Linux 6.6). Without them they are classic tc
+    /// filters, which a pod with `CAP_NET_ADMIN` can take from its own devices; what then leaves
+    /// them lacks the stamp that the third guard wants.
+    pub tcx: bool,
+}
+
+impl Features {
+    /// Tries them with the programs of the object.
+    pub(super) fn of(ebpf: &mut Ebpf) -> Self {
+        let probe: Result<&mut CgroupSkb, _> = program(ebpf, "probe_egress");
+        Self {
+            cgroup_guard: probe.is_ok_and(|probe| probe.load().is_ok()),
+            tcx: SchedClassifier::query_tcx("lo", TcAttachType::Ingress).is_ok(),
+        }
+    }
+}
 
 const PROGRAMS: [(&str, ProgramType); 6] = [
     ("cgroup socket address programs", ProgramType::CgroupSockAddr),
@@ -33,7 +60,7 @@ const MAPS: [(&str, MapType); 4] = [
 pub fn missing() -> Vec<&'static str> {
     let mut missing = Vec::new();
     if KernelVersion::current().is_ok_and(|version| version < FIRST_KERNEL) {
-        missing.push("tcx (Linux 6.6)");
+        missing.push("what came with Linux 6.1");
     }
     if !Path::new("/sys/kernel/btf/vmlinux").exists() {
         missing.push("type information (CONFIG_DEBUG_INFO_BTF)");

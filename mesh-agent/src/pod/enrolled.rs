@@ -33,6 +33,7 @@ use super::{
     source::PodSpec,
 };
 use crate::{
+    bpf::Datapath,
     config::Udp,
     identity::SvidHandle,
     proxy::{Admission, PodProxy},
@@ -406,9 +407,24 @@ async fn guard_devices(
 /// Takes from a pod everything that was done to it. While marks still lead to loopback nothing can
 /// leave, so the guards go first and what the capture rests on goes last.
 pub(super) async fn let_go(node: &Node, cookie: u64, routing: &Routing) -> Result<()> {
+    if !node.datapath.features().tcx {
+        unguard(routing).await?;
+    }
     node.datapath.release(cookie)?;
     routing.remove().await?;
     node.ledger.strike(cookie).context("striking the pod out of the runtime directory")?;
+    Ok(())
+}
+
+/// Takes classic tc filters from the pod's devices: the third guard before the second, whose stamp
+/// it wants.
+pub(super) async fn unguard(routing: &Routing) -> Result<()> {
+    let Inventory { devices, .. } = routing.inventory().await?;
+    let netns = routing.netns();
+    Datapath::unguard_peers(&host_peers(netns, &devices).await?)?;
+    netns
+        .try_run(|| Datapath::unguard_devices(&devices))
+        .context("entering the pod's network namespace")??;
     Ok(())
 }
 

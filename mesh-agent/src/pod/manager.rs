@@ -16,7 +16,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    enrolled::{Enrolled, Guarded, PodState, let_go, lock},
+    enrolled::{Enrolled, Guarded, PodState, let_go, lock, unguard},
     ledger::{Entry, Ledger},
     netns::Netns,
     routing::Routing,
@@ -311,7 +311,13 @@ impl Manager {
 
     async fn sweep_one(&self, cookie: u64, entry: Option<&Entry>) -> Result<bool> {
         let wanted = entry.is_some_and(|entry| self.wanted.contains(&entry.uid));
-        if self.node.datapath.is_dead(cookie)? {
+        // Filters tell nothing of whether their device is gone.
+        let is_dead = if self.node.datapath.features().tcx {
+            self.node.datapath.is_dead(cookie)?
+        } else {
+            entry.and_then(still_there).is_none()
+        };
+        if is_dead {
             self.node.datapath.release(cookie)?;
             self.node.ledger.strike(cookie)?;
         } else {
@@ -379,9 +385,13 @@ pub async fn uninstall(config: &Config) -> Result<()> {
     for entry in ledger.entries().context("reading the runtime directory")? {
         // With its namespace, a pod's rules and routes are gone.
         let Some(netns) = still_there(&entry) else { continue };
-        let removed = async { Routing::connect(Arc::new(netns))?.remove().await };
+        let removed = async {
+            let routing = Routing::connect(Arc::new(netns))?;
+            unguard(&routing).await?;
+            anyhow::Ok(routing.remove().await?)
+        };
         if let Err(error) = removed.await {
-            failures.push(format!("pod {}: {error}", entry.uid));
+            failures.push(format!("pod {}: {error:#}", entry.uid));
         }
     }
     if let Err(error) = Datapath::uninstall(&config.bpffs) {
@@ -482,10 +492,12 @@ impl View {
         let devices = inventory.devices.into_iter().map(|device| device.name).collect();
         let cgroup = datapath.configuration(pod.cookie).is_ok_and(|config| config.is_some())
             && datapath.programs().iter().all(|(_, attached)| *attached);
-        let mut guard = vec![
-            GuardLayer { layer: "cgroup".to_owned(), active: cgroup, devices: Vec::new() },
-            GuardLayer { layer: "device".to_owned(), active, devices },
-        ];
+        let mut guard = Vec::new();
+        if datapath.features().cgroup_guard {
+            let layer = "cgroup".to_owned();
+            guard.push(GuardLayer { layer, active: cgroup, devices: Vec::new() });
+        }
+        guard.push(GuardLayer { layer: "device".to_owned(), active, devices });
         if !peers.is_empty() {
             guard.push(GuardLayer { layer: "peer".to_owned(), active, devices: peers });
         }

@@ -157,6 +157,11 @@ impl Routing {
         Ok(Self { netns, handle, _connection: connection })
     }
 
+    /// The pod's network namespace.
+    pub const fn netns(&self) -> &Arc<Netns> {
+        &self.netns
+    }
+
     /// What is there.
     ///
     /// # Errors
