@@ -85,6 +85,7 @@ pub(crate) fn test_in_vm(filter: &str, threads: u8) -> Result<()> {
         .split(|byte| *byte == b'\n')
         .filter_map(|line| serde_json::from_slice::<serde_json::Value>(line).ok())
         .filter(|message| message["package_id"].as_str().is_some_and(|id| id.contains("xtask")))
+        .filter(|message| message["target"]["kind"][0] == "test")
         .filter_map(|message| Some(message["executable"].as_str()?.into()))
         .collect();
     ensure!(!tests.is_empty(), "cargo names no laboratory tests");
