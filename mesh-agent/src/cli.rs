@@ -5,7 +5,6 @@ use std::{
     io::{IsTerminal as _, Write as _, stdout},
     path::PathBuf,
     process::ExitCode,
-    time::Duration,
 };
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -15,8 +14,7 @@ use serde::Serialize;
 use crate::{
     admin::{
         Client, ClientError, Style, print_certs, print_connections, print_pods, print_status,
-        printable,
-        status::{Pod, Status},
+        printable, status::Status,
     },
     check,
     cni::{
@@ -32,9 +30,6 @@ const EXIT_FAILED: u8 = 1;
 
 /// No agent answers.
 const EXIT_UNREACHABLE: u8 = 2;
-
-/// How often `enroll` asks whether the pod has a certificate.
-const CERTIFICATE_POLL: Duration = Duration::from_millis(100);
 
 /// The node agent of nodemesh: captures the TCP of pods with eBPF and carries it in mutual TLS.
 #[derive(Debug, Parser)]
@@ -245,7 +240,11 @@ impl Cli {
             Command::Enroll { uid, netns, udp, wait, agent } => ask(async {
                 let client = agent.client()?;
                 client.enroll(&uid, &netns, udp).await?;
-                await_certificate(&client, &uid, Duration::from_secs(wait)).await
+                // It is under guard already; without a certificate its connections are refused.
+                if wait > 0 {
+                    client.certified(&uid, wait).await?;
+                }
+                Ok(())
             }),
             Command::Unenroll { uid, agent } => {
                 ask(async { Ok(agent.client()?.unenroll(&uid, None).await?) })
@@ -272,26 +271,6 @@ fn ask<T>(question: impl Future<Output = Result<T, Failure>>) -> Result<T, Failu
         .build()
         .map_err(failed)?
         .block_on(question)
-}
-
-/// The pod is under guard already; without a certificate its connections are refused.
-async fn await_certificate(client: &Client, uid: &str, wait: Duration) -> Result<(), Failure> {
-    let deadline = tokio::time::Instant::now() + wait;
-    loop {
-        let status = client.status().await?;
-        let pod = status.pods.iter().find(|pod| pod.uid == uid);
-        if wait.is_zero() || pod.is_some_and(|pod| pod.certificate.is_some()) {
-            return Ok(());
-        }
-        if tokio::time::Instant::now() >= deadline {
-            let reason = pod.and_then(|pod: &Pod| pod.certificate_problem.as_deref());
-            return Err(failed(format!(
-                "the pod {uid} is under guard, but has no certificate yet: {}",
-                reason.unwrap_or("the control plane has not answered")
-            )));
-        }
-        tokio::time::sleep(CERTIFICATE_POLL).await;
-    }
 }
 
 fn status(view: View, json: bool, agent: &Agent) -> ExitCode {

@@ -4,6 +4,12 @@ use std::process::ExitCode;
 
 use clap::Parser as _;
 use mesh_agent::{agent, cli::Cli, cni};
+use tikv_jemallocator::Jemalloc;
+
+/// Gives back what ten thousand connections needed, which glibc's allocator keeps. Its settings are
+/// in `.cargo/config.toml`.
+#[global_allocator]
+static ALLOCATOR: Jemalloc = Jemalloc;
 
 fn main() -> ExitCode {
     // Not through the command line's parser, which complains in words: the runtime wants JSON.

@@ -351,7 +351,7 @@ async fn what_is_no_pod_of_the_mesh_by_its_name_asks_nobody() {
 async fn a_pod_of_the_mesh_starts_when_it_is_under_guard_and_not_before() {
     let mut fixture = Fixture::new().await;
     fixture.add("shop").await.passed();
-    let enrolled = (Method::PUT, UID.to_owned(), json!({"netns": fixture.path("a"), "udp": null}));
+    let enrolled = (Method::PUT, UID.to_owned(), json!({"netns": fixture.path("a")}));
     assert_eq!(fixture.calls(), [enrolled]);
     fixture.call("CHECK", "shop").run().await.done();
 
@@ -409,7 +409,7 @@ async fn without_the_api_only_pods_of_namespaces_seen_outside_start() {
     fixture.add("plain").await.passed();
     for (mood, what_to_do) in [
         (Mood::Fails(StatusCode::INTERNAL_SERVER_ERROR), "API answers 500 as scripted"),
-        (Mood::Fails(StatusCode::UNAUTHORIZED), "cni-install --watch` in it renews them"),
+        (Mood::Fails(StatusCode::UNAUTHORIZED), "mesh-agent pod renews them"),
         (Mood::Fails(StatusCode::FORBIDDEN), "the verb get on pods and namespaces"),
         (Mood::Silent, "API did not answer within 5 s"),
     ] {

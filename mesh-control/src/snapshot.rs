@@ -87,7 +87,7 @@ fn messages(
     version: u64,
     base: u64,
 ) -> Option<Parts> {
-    let shorter = difference.len() <= content.len();
+    let shorter = difference.len() <= content.entries();
     shorter.then(|| difference.messages(version, base).into())
 }
 

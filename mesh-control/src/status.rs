@@ -278,3 +278,40 @@ pub fn update_gauges(control: &Control, now: SystemTime) {
     gauges.root_not_after.set(status.ca.root_not_after.unix_timestamp());
     gauges.issuer_not_after.set(status.ca.issuer_not_after.unix_timestamp());
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::Value;
+
+    use super::*;
+
+    /// As a replica of the last release tells it.
+    fn released() -> Value {
+        serde_json::from_str(include_str!("status/released/status.json")).unwrap()
+    }
+
+    #[test]
+    fn what_the_last_release_said_is_read_and_all_of_it_is_still_said() {
+        let status: Status = serde_json::from_value(released()).unwrap();
+        assert_eq!(status.agents["node-1"].pods, None);
+        let said = serde_json::to_value(&status).unwrap();
+        let agent = |status: &Value| status["agents"]["node-1"].clone();
+        for (said, released) in [(agent(&said), agent(&released())), (said, released())] {
+            for (key, value) in released.as_object().unwrap().iter().filter(|(k, _)| *k != "agents")
+            {
+                assert_eq!(said[key], *value, "{key}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_a_later_release_adds_is_passed_over() {
+        let mut later = released();
+        for pointer in ["", "/ca", "/agents/node-1", "/registry_problems/0"] {
+            later.pointer_mut(pointer).unwrap()["later"] = true.into();
+        }
+        let [later, released]: [Status; 2] =
+            [later, released()].map(|status| serde_json::from_value(status).unwrap());
+        assert_eq!(later, released);
+    }
+}

@@ -3,6 +3,7 @@
 
 mod kubernetes;
 mod support;
+mod versions;
 
 use std::{
     fs,

@@ -10,7 +10,7 @@ use aya_ebpf::{
     helpers::{
         bpf_get_netns_cookie, bpf_set_hash, bpf_set_hash_invalid, bpf_set_retval, bpf_setsockopt,
         bpf_sk_fullsock, bpf_sk_lookup_tcp, bpf_sk_release, bpf_skb_load_bytes,
-        bpf_sock_ops_cb_flags_set, bpf_sysctl_get_name,
+        bpf_sock_ops_cb_flags_set, bpf_sysctl_get_name, bpf_sysctl_get_new_value,
     },
     programs::{
         SkBuffContext, SkLookupContext, SockAddrContext, SockOpsContext, SysctlContext, TcContext,
@@ -400,9 +400,10 @@ pub(crate) fn is_closing(ctx: &SockOpsContext) -> bool {
 // sysctl
 
 /// Whether this is a write to `net.ipv4.tcp_fwmark_accept`, `net.ipv4.fwmark_reflect` or
-/// `net.ipv6.fwmark_reflect`.
+/// `net.ipv6.fwmark_reflect`, of anything but the 1 that the capture needs: the agent itself writes
+/// that for every pod.
 #[inline(always)]
-pub(crate) fn writes_fwmark_setting(ctx: &SysctlContext) -> bool {
+pub(crate) fn spoils_fwmark_setting(ctx: &SysctlContext) -> bool {
     // SAFETY: the context is valid while the program runs.
     if unsafe { (*ctx.sysctl).write } == 0 {
         return false;
@@ -417,4 +418,16 @@ pub(crate) fn writes_fwmark_setting(ctx: &SysctlContext) -> bool {
     length > 0
         && (family == *b"net/ipv4" || family == *b"net/ipv6")
         && (starts == *b"/tc" || starts == *b"/fw")
+        && !writes_one(ctx)
+}
+
+#[inline(always)]
+fn writes_one(ctx: &SysctlContext) -> bool {
+    let mut value = [0u8; 8];
+    // SAFETY: the buffer has the size named; the helper terminates what it writes.
+    let length = unsafe {
+        bpf_sysctl_get_new_value(ctx.sysctl, value.as_mut_ptr().cast(), value.len() as u64)
+    };
+    let [first, second, ..] = value;
+    first == b'1' && (length == 1 || length == 2 && second == b'\n')
 }

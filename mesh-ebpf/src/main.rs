@@ -1,7 +1,7 @@
 //! The eBPF programs of nodemesh: a table of verdicts over the decisions in the other modules.
 //!
 //! Every path that is not a decision to allow refuses or drops. Node-wide programs find the pod by
-//! its network namespace cookie; the instances loaded for one pod know it from `POD_COOKIE`.
+//! its network namespace cookie; the instances loaded for one pod know it from `POD`.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 #![allow(unsafe_code, reason = "every helper call and context access in eBPF is unsafe")]
 #![cfg_attr(not(target_arch = "bpf"), allow(dead_code, reason = "the host builds only the tests"))]
@@ -188,7 +188,7 @@ pub fn host_flows(ctx: SockOpsContext) -> u32 {
 /// Tells the agent that a setting which the capture rests on may be about to change.
 #[cgroup_sysctl]
 pub fn sysctl(ctx: SysctlContext) -> i32 {
-    if ctx::writes_fwmark_setting(&ctx) {
+    if ctx::spoils_fwmark_setting(&ctx) {
         log::sysctl_write(&ctx);
     }
     SYSCTL_ALLOWED

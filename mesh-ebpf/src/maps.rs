@@ -1,12 +1,15 @@
 //! Every map of the programs, and the little that reads or writes them.
 //!
-//! All but `LISTENERS` exist once per node; the agent pins them by name.
+//! All but `LISTENERS` and `POD` exist once per node; the agent pins them by name.
 
 use core::{ffi::c_void, ptr};
 
 use aya_ebpf::{
     Global,
-    bindings::{BPF_F_CLONE, BPF_F_NO_PREALLOC, bpf_map_type::BPF_MAP_TYPE_SK_STORAGE, bpf_sock},
+    bindings::{
+        BPF_F_CLONE, BPF_F_NO_PREALLOC, BPF_F_RDONLY_PROG, bpf_map_type::BPF_MAP_TYPE_SK_STORAGE,
+        bpf_sock,
+    },
     helpers::{bpf_ktime_get_ns, bpf_sk_storage_get},
     macros::{btf_map, map},
     maps::{Array, HashMap, LruHashMap, PerCpuHashMap, RingBuf, SockMap},
@@ -80,13 +83,14 @@ impl SocketTags {
     }
 }
 
-/// The pod that this instance of the program serves, by network namespace cookie.
-#[unsafe(no_mangle)]
-static POD_COOKIE: Global<u64> = Global::new(0);
+/// The pod that this instance of the programs serves, by network namespace cookie. No constant of
+/// the object: so the agent can load it again and again without parsing the kernel's types anew.
+#[map]
+static POD: Array<u64> = Array::with_max_entries(1, BPF_F_RDONLY_PROG);
 
 #[inline(always)]
 pub(crate) fn pod_cookie() -> u64 {
-    POD_COOKIE.load()
+    POD.get(0).copied().unwrap_or(0)
 }
 
 /// The node's own network namespace, by cookie, if its connections are let into pods; else 0, which

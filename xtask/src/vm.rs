@@ -43,8 +43,14 @@ pub(crate) fn run(kernel: &Path, tests: &[PathBuf], filter: &str, threads: u8) -
     fs::write(job.join("modules"), modules.display().to_string())?;
 
     let share = |id: &str, path: &str| {
-        let writes = format!("local,id={id},path={path},security_model=none,readonly=on,multidevs=remap");
-        ["-fsdev".to_owned(), writes, "-device".to_owned(), format!("virtio-9p-pci,fsdev={id},mount_tag={id}")]
+        let writes =
+            format!("local,id={id},path={path},security_model=none,readonly=on,multidevs=remap");
+        [
+            "-fsdev".to_owned(),
+            writes,
+            "-device".to_owned(),
+            format!("virtio-9p-pci,fsdev={id},mount_tag={id}"),
+        ]
     };
     let mut child = Command::new("qemu-system-x86_64")
         // Emulated: the machine that this is may be a virtual one that cannot have its own.
@@ -110,7 +116,11 @@ fn initramfs(dir: &Path, kernel: &Path, version: &str) -> Result<PathBuf> {
         fs::copy(modules.join(path), root.join(format!("modules/{place:03}.ko")))
             .with_context(|| format!("copying {path}"))?;
     }
-    let pack = format!("cd '{}' && find . | cpio --quiet -o -H newc > '{}'", root.display(), archive.display());
+    let pack = format!(
+        "cd '{}' && find . | cpio --quiet -o -H newc > '{}'",
+        root.display(),
+        archive.display()
+    );
     let status = Command::new("sh").args(["-ec", &pack]).status().context("running cpio")?;
     ensure!(status.success(), "cpio: {status}");
     Ok(archive)

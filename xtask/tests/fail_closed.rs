@@ -13,7 +13,7 @@ use mesh_common::abi::PodConfig;
 use xtask::lab::mesh::pods;
 use xtask::lab::raw::{PacketSocket, frame, gateway_address, tcp_packet};
 use xtask::lab::traffic::{accept, exchange, reset_on_close};
-use xtask::lab::{Canary, Capture, Load, Mesh, Netns, Pod, until};
+use xtask::lab::{Canary, Capture, Load, Mesh, Netns, Pod, socket_guard, until};
 
 const PORT: u16 = 8080;
 const FAMILIES: [usize; 2] = [0, 1];
@@ -458,7 +458,7 @@ fn talk_over_damage(
                     anyhow::Ok(Stream { from, to, canary: canaries[family].clone() })
                 });
                 let streams = [v4?, v6?];
-                let before = pair.mesh.dropped(pod, "cgroup", "plaintext")?;
+                let before = pair.mesh.dropped(pod, socket_guard(), "plaintext")?;
                 agent.stop()?;
                 damage.inflict(pod)?;
                 for Stream { from, canary, .. } in &streams {
@@ -467,7 +467,7 @@ fn talk_over_damage(
                 }
                 agent.cont()?;
                 wait_repaired(pod, &intact)?;
-                let dropped = pair.mesh.dropped(pod, "cgroup", "plaintext")? - before;
+                let dropped = pair.mesh.dropped(pod, socket_guard(), "plaintext")? - before;
                 check(&damage, dropped, &streams)
             };
             talk().with_context(|| format!("{}: {}", pod.pod_name(), damage.script))?;

@@ -2,6 +2,7 @@
 //! mesh, where it must work, and from an enrolled one, where nothing may leave and the guard must
 //! count what it stopped: else something that has nothing to do with the guard passes for it.
 
+use std::collections::BTreeSet;
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
@@ -11,7 +12,7 @@ use nix::libc::{IPPROTO_RAW, IPPROTO_TCP};
 use socket2::{Domain, SockRef, Socket, Type};
 use xtask::lab::raw::{self, PacketSocket, frame, tcp_packet};
 use xtask::lab::traffic::{exchange, reset_on_close};
-use xtask::lab::{Canary, Mesh, Netns, Pod, Server, until};
+use xtask::lab::{Canary, Mesh, Netns, Pod, Server, socket_guard, until};
 
 const PORT: u16 = 8080;
 const FAMILIES: [usize; 2] = [0, 1];
@@ -75,6 +76,10 @@ impl Range {
         expected: &[Drop],
         try_it: impl Fn(&mut Attack<'_>) -> Result<()>,
     ) -> Result<()> {
+        let here = |&(layer, reason): &Drop| {
+            (if layer == BY_SOCKET.0 { socket_guard() } else { layer }, reason)
+        };
+        let expected: BTreeSet<Drop> = expected.iter().map(here).collect();
         let Self { mesh, pods, target, bystander, .. } = self;
         for (pod, enrolled) in pods.iter().zip([false, true]) {
             let before = if enrolled { mesh.drops(pod)? } else { Default::default() };
@@ -92,7 +97,7 @@ impl Range {
                 }
                 let mut grown = mesh.drops(pod)?;
                 grown.retain(|drop, count| *count > before.get(drop).copied().unwrap_or(0));
-                let grown: Vec<_> =
+                let grown: BTreeSet<_> =
                     grown.keys().map(|(layer, reason)| (layer.as_str(), reason.as_str())).collect();
                 ensure!(grown == expected, "{}: dropped {grown:?}, not {expected:?}", from());
             } else {

@@ -15,7 +15,7 @@ use socket2::{Domain, Socket, Type};
 use xtask::lab::mesh::Settings;
 use xtask::lab::raw::{self, PacketSocket, frame, gateway_address, tcp_packet};
 use xtask::lab::traffic::{accept, canonical, exchange, expect_refusal};
-use xtask::lab::{Canary, Mesh, Netns, PATIENCE, Pod, Server, until};
+use xtask::lab::{Canary, Mesh, Netns, PATIENCE, Pod, Server, socket_guard, until};
 
 const PORT: u16 = 8080;
 const FAMILIES: [usize; 2] = [0, 1];
@@ -159,7 +159,7 @@ fn off_by_default_and_switched_off_again() -> Result<()> {
     // What was open is not answered any more.
     incoming.write_all(b"too late")?;
     until("the guard to drop it", || {
-        let dropped = mesh.dropped(&server, "cgroup", "plaintext").ok()?;
+        let dropped = mesh.dropped(&server, socket_guard(), "plaintext").ok()?;
         (dropped > 0).then_some(())
     })?;
     open.set_read_timeout(Some(Duration::from_millis(100)))?;
@@ -319,7 +319,7 @@ impl Segment {
     fn expect_dropped(&self, mesh: &Mesh, pod: &Pod) -> Result<()> {
         let count = || -> Result<[u64; 2]> {
             let of = |layer| mesh.dropped(pod, layer, "plaintext");
-            Ok([of("cgroup")?, of("device")?])
+            Ok([of(socket_guard())?, of("device")?])
         };
         let canary = Canary::random();
         let device = mesh.lab.capture_pod(pod)?;

@@ -92,6 +92,15 @@ impl Client {
         self.request(Method::PUT, &format!("/v1/pods/{uid}"), Some(&body)).await.map(drop)
     }
 
+    /// Waits until an enrolled pod has a certificate, at most for so many seconds.
+    ///
+    /// # Errors
+    ///
+    /// [`ClientError`].
+    pub async fn certified(&self, uid: &str, wait: u64) -> Result<(), ClientError> {
+        self.get(&format!("/v1/pods/{uid}/certificate?wait={wait}")).await.map(drop)
+    }
+
     /// Un-enrols a pod, and waits until nothing of that is left. With `netns`: if it is bound to
     /// that network namespace, and otherwise there is nothing to do.
     ///

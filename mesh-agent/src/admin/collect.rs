@@ -1,8 +1,12 @@
 //! Puts the status together from what the parts of the agent know.
 
-use std::{path::PathBuf, sync::Arc, time::SystemTime};
+use std::{
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
-use tokio::sync::watch;
+use tokio::{sync::watch, time::timeout};
 
 use super::{
     health,
@@ -31,6 +35,9 @@ pub trait Inspect: Send + Sync + 'static {
 
     /// The enrolled pods.
     fn pods(&self) -> Vec<PodFacts>;
+
+    /// The certificate of a pod, if that is enrolled.
+    fn svid(&self, uid: &str) -> Option<watch::Receiver<Option<Arc<Svid>>>>;
 }
 
 /// What the pod manager knows of an enrolled pod.
@@ -115,6 +122,25 @@ impl Admin {
         status.ready = health::is_ready(&status);
         status.degraded = health::degraded(&status);
         status
+    }
+
+    /// Waits until an enrolled pod has a certificate.
+    ///
+    /// # Errors
+    ///
+    /// Why it has none after this time, in the operator's words.
+    pub async fn certified(&self, uid: &str, wait: Duration) -> Result<(), String> {
+        let svid = self.inspect.svid(uid);
+        let mut svid = svid.ok_or_else(|| format!("the pod {uid} is not enrolled"))?;
+        if let Ok(Ok(_)) = timeout(wait, svid.wait_for(Option::is_some)).await {
+            return Ok(());
+        }
+        let pod = self.inspect.pods().into_iter().find(|pod| pod.uid == uid);
+        let reason = pod.and_then(|pod| pod.certificate_problem);
+        Err(format!(
+            "the pod {uid} is under guard, but has no certificate yet: {}",
+            reason.as_deref().unwrap_or("the control plane has not answered")
+        ))
     }
 
     /// The open connections of every pod.

@@ -6,11 +6,12 @@ use std::{
     os::unix::fs::{FileTypeExt as _, PermissionsExt as _},
     path::{Path as FilePath, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use axum::{
     Json, Router,
-    extract::{Path, State},
+    extract::{Path, Query, State},
     http::{StatusCode, header::CONTENT_TYPE},
     response::{IntoResponse, Response},
     routing::{get, put},
@@ -88,6 +89,7 @@ impl Server {
             .route("/v1/status", get(status))
             .route("/v1/connections", get(connections))
             .route("/v1/pods/{uid}", put(enroll).delete(unenroll))
+            .route("/v1/pods/{uid}/certificate", get(certified))
             .with_state(Arc::clone(&admin));
         let anybody = Router::new()
             .route("/healthz", get(|| async { "ok\n" }))
@@ -147,17 +149,22 @@ fn is_trusted(uid: u32) -> bool {
 }
 
 /// What `enroll` sends.
+///
+/// An agent refuses what it does not know, since it may be what the caller relies on. So what an agent
+/// of the last release does not know is left out unless it is asked for.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Enrollment {
     pub(super) netns: PathBuf,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) udp: Option<Udp>,
 }
 
-/// What `unenroll` sends.
+/// What `unenroll` sends; as with [`Enrollment`].
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Withdrawal {
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) netns: Option<PathBuf>,
 }
 
@@ -188,6 +195,23 @@ async fn enroll(
 ) -> Result<StatusCode, Refusal> {
     let enrolled = admin.pods.enroll(uid, netns, udp).await;
     enrolled.map(|()| StatusCode::NO_CONTENT).map_err(|error| Refusal { error })
+}
+
+/// What a client that waits for a certificate says.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Patience {
+    /// Seconds.
+    wait: u64,
+}
+
+async fn certified(
+    State(admin): State<Arc<Admin>>,
+    Path(uid): Path<String>,
+    Query(Patience { wait }): Query<Patience>,
+) -> Result<StatusCode, Refusal> {
+    let certified = admin.certified(&uid, Duration::from_secs(wait)).await;
+    certified.map(|()| StatusCode::NO_CONTENT).map_err(|error| Refusal { error })
 }
 
 async fn unenroll(

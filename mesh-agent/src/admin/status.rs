@@ -1,6 +1,7 @@
 //! The agent's state as values: what `status --json` prints. Specified in `docs/operations.md`.
 //!
-//! Fields are added, never renamed or removed, without raising [`SCHEMA`].
+//! Fields are added, never renamed or removed, without raising [`SCHEMA`]. The commands ask agents of
+//! other versions, too: what was added has a default.
 
 use std::{net::IpAddr, net::SocketAddr, path::PathBuf, time::SystemTime};
 
@@ -159,6 +160,7 @@ pub struct Pod {
     /// Connections from before the enrolment that were aborted.
     pub aborted: u64,
     /// Connections that were ended because they were no longer allowed.
+    #[serde(default)]
     pub revoked: u64,
 }
 
@@ -314,6 +316,8 @@ pub struct Party {
 
 #[cfg(test)]
 pub(super) mod tests {
+    use serde_json::Value;
+
     use super::*;
     use time::Duration;
 
@@ -408,7 +412,7 @@ pub(super) mod tests {
         let documented = include_str!("../../../docs/operations.md");
         let (_, rest) = documented.split_once("```json\n").unwrap();
         let (json, _) = rest.split_once("```").unwrap();
-        let documented: serde_json::Value = serde_json::from_str(json).unwrap();
+        let documented: Value = serde_json::from_str(json).unwrap();
         let parsed: Status = serde_json::from_value(documented.clone()).unwrap();
         assert_eq!(serde_json::to_value(&parsed).unwrap(), documented, "every field is there");
         assert_eq!(parsed.schema, SCHEMA);
@@ -418,5 +422,47 @@ pub(super) mod tests {
     fn what_is_printed_can_be_read() {
         let text = serde_json::to_string(&healthy()).unwrap();
         assert_eq!(serde_json::from_str::<Status>(&text).unwrap(), healthy());
+    }
+
+    /// Whether `all` has everything that `part` has; of lists, each has as many.
+    fn has(all: &Value, part: &Value) -> bool {
+        match (all, part) {
+            (Value::Object(all), Value::Object(part)) => {
+                part.iter().all(|(key, part)| all.get(key).is_some_and(|all| has(all, part)))
+            }
+            (Value::Array(all), Value::Array(part)) => {
+                all.len() == part.len() && all.iter().zip(part).all(|(all, part)| has(all, part))
+            }
+            (all, part) => all == part,
+        }
+    }
+
+    fn add_to_everything(value: &mut Value) {
+        match value {
+            Value::Object(fields) => {
+                fields.values_mut().for_each(add_to_everything);
+                fields.insert("later".to_owned(), Value::Bool(true));
+            }
+            Value::Array(values) => values.iter_mut().for_each(add_to_everything),
+            Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
+        }
+    }
+
+    #[test]
+    fn what_the_last_release_printed_is_read_and_all_of_it_is_still_printed() {
+        let released: Value = serde_json::from_str(include_str!("released/status.json")).unwrap();
+        let parsed: Status = serde_json::from_value(released.clone()).unwrap();
+        let mut printed = serde_json::to_value(parsed).unwrap();
+        assert!(has(&printed, &released), "{printed}");
+        let pod = printed["pods"][0].as_object_mut().unwrap();
+        pod.remove("listening");
+        assert!(!has(&printed, &released), "the same check fires");
+    }
+
+    #[test]
+    fn what_a_later_release_adds_is_passed_over() {
+        let mut later = serde_json::to_value(healthy()).unwrap();
+        add_to_everything(&mut later);
+        assert_eq!(serde_json::from_value::<Status>(later).unwrap(), healthy());
     }
 }

@@ -10,7 +10,7 @@ use std::{
 use tempfile::TempDir;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::{TcpStream, UnixListener},
+    net::{TcpStream, UnixListener, UnixStream},
     sync::{mpsc, watch},
     time::timeout,
 };
@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 use super::{status::Program, *};
 use crate::{
     config::Udp,
-    identity::{self, Counters, Snapshot},
+    identity::{self, Counters, Snapshot, Svid},
     pod::source::{PodEvent, directory::DirectorySource},
     stats::{Direction, Kind, Parties, Party, Problems, Stats},
     tunnel::TraceId,
@@ -41,6 +41,10 @@ impl Inspect for Fake {
 
     fn pods(&self) -> Vec<PodFacts> {
         self.0.lock().unwrap().clone()
+    }
+
+    fn svid(&self, _: &str) -> Option<watch::Receiver<Option<Arc<Svid>>>> {
+        None
     }
 }
 
@@ -165,11 +169,44 @@ async fn enrolling_answers_in_words() {
     let error = client.enroll("u1", &missing, None).await.unwrap_err();
     assert!(matches!(error, ClientError::Refused(_)), "{error}");
     assert!(error.to_string().contains("no network namespace at"), "{error}");
+    let error = client.certified("u1", 1).await.unwrap_err();
+    assert!(error.to_string().contains("u1 is not enrolled"), "{error}");
     let error = client.unenroll("u1", None).await.unwrap_err();
     assert!(error.to_string().contains("declares u1"), "{error}");
     client.unenroll("u1", Some(&missing)).await.unwrap();
     let event = timeout(PATIENCE, changes.recv()).await.unwrap().unwrap();
     assert!(matches!(event, PodEvent::Synced), "{event:?}");
+}
+
+/// The command line, or the CNI plugin, of another release: the answer to what it says, as it is.
+async fn say(fixture: &Fixture, body: &str) -> String {
+    let mut stream = UnixStream::connect(&fixture.socket).await.unwrap();
+    let request = format!(
+        "PUT /v1/pods/u1 HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n\
+         content-length: {}\r\nconnection: close\r\n\r\n{body}",
+        body.len()
+    );
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    timeout(PATIENCE, stream.read_to_string(&mut answer)).await.unwrap().unwrap();
+    answer
+}
+
+#[tokio::test]
+async fn a_plugin_of_another_release_enrols_unless_it_asks_for_what_is_not_known_here() {
+    let mut fixture = start().await;
+    let (events, _changes) = mpsc::channel(4);
+    let source = fixture.source.take().unwrap();
+    tokio::spawn(crate::pod::source::PodSource::run(source, events));
+    for understood in [r#"{"netns": "/nowhere"}"#, r#"{"netns": "/nowhere", "udp": null}"#] {
+        let answer = say(&fixture, understood).await;
+        assert!(answer.contains("no network namespace at"), "{understood}: {answer}");
+    }
+    let answer = say(&fixture, r#"{"netns": "/nowhere", "later": "deny"}"#).await;
+    assert!(answer.starts_with("HTTP/1.1 422") && answer.contains("later"), "{answer}");
+    // And an agent of the last release is asked for nothing that it does not know.
+    let enrollment = server::Enrollment { netns: "/nowhere".into(), udp: None };
+    assert_eq!(serde_json::to_string(&enrollment).unwrap(), r#"{"netns":"/nowhere"}"#);
 }
 
 #[tokio::test]

@@ -5,16 +5,21 @@
 
 use aya::programs::{
     ProgramError, SchedClassifier,
+    links::Link as _,
     tc::{
         NlOptions, SchedClassifierLink, TcAttachOptions, TcAttachType, TcError, TcHandle,
-        qdisc_add_clsact, qdisc_detach_program,
+        qdisc_add_clsact,
     },
 };
+use nix::libc::{EINVAL, ENOENT};
 
 /// The first place. The handle tells ours from others' filters of the same priority, which run in
 /// the order in which they came.
 const PRIORITY: u16 = 1;
 const HANDLE: TcHandle = TcHandle::new(0x6e6d, 1);
+
+/// What the kernel answers where there is no such filter, and where there is no qdisc at all.
+const NOTHING_THERE: [i32; 2] = [ENOENT, EINVAL];
 
 /// Attaches a program to a device of the calling thread's network namespace, in the place of an
 /// earlier agent's if there is one.
@@ -36,11 +41,17 @@ pub(super) fn attach(
     Ok(())
 }
 
-/// Takes a program from a device of the calling thread's network namespace. The qdisc stays:
-/// somebody else may have filters there.
-pub(super) fn detach(name: &str, device: &str, direction: TcAttachType) -> Result<(), TcError> {
-    match qdisc_detach_program(device, direction, name) {
-        Err(TcError::IoError(error)) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+/// Takes our filter from a device of the calling thread's network namespace, if it is there. The
+/// qdisc stays: somebody else may have filters there.
+pub(super) fn detach(device: &str, direction: TcAttachType) -> Result<(), ProgramError> {
+    let ours = SchedClassifierLink::attached(device, direction, PRIORITY, HANDLE, None)
+        .map_err(TcError::IoError)?;
+    match ours.detach() {
+        Err(ProgramError::NetlinkError(error))
+            if error.raw_os_error().is_some_and(|code| NOTHING_THERE.contains(&code)) =>
+        {
+            Ok(())
+        }
         done => done,
     }
 }

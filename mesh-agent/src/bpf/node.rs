@@ -61,13 +61,15 @@ pub struct Counted {
 /// The eBPF side of the node. Dropping it leaves everything attached.
 pub struct Datapath {
     pub(super) pins: Pins,
-    /// Whose connections reach the applications as they are, by network namespace cookie; 0 for
-    /// nobody's.
-    pub(super) host: u64,
+    /// Whether there is somebody whose connections reach the applications as they are.
+    has_host: bool,
     features: Features,
     pods: Mutex<HashMap<MapData, u64, PodConfig>>,
     counters: Mutex<PerCpuHashMap<MapData, u64, PodCounters>>,
     sockets: Mutex<SkStorage<MapData, u32>>,
+    /// Made once: that parses the types of the whole kernel, which takes longer than everything else
+    /// of an enrolment.
+    pub(super) loader: Mutex<EbpfLoader<'static>>,
     /// The ids of the programs that this agent has loaded for a pod's devices.
     pub(super) guards: Mutex<BTreeMap<(u64, Guard), u32>>,
     /// The object as it was last loaded, and for which pod: the steps of an enrolment share it.
@@ -95,9 +97,11 @@ impl Datapath {
         }
         let pins = Pins::open(bpffs)?;
         let mut loader = EbpfLoader::new();
+        // The programs refer to none of the kernel's types.
+        loader.btf(None);
         pins.share_maps(&mut loader);
-        let host_cookie = host.unwrap_or(0);
-        loader.override_global("HOST_COOKIE", &host_cookie, true);
+        let host_cookie: &'static u64 = Box::leak(Box::new(host.unwrap_or(0)));
+        loader.override_global("HOST_COOKIE", host_cookie, true);
         let mut ebpf = loader.load(OBJECT)?;
         let take = |ebpf: &mut Ebpf, name: &'static str| {
             ebpf.take_map(name).ok_or(BpfError::Map {
@@ -177,7 +181,8 @@ impl Datapath {
         let events = Events::new(&mut ebpf, events)?;
         let datapath = Self {
             pins,
-            host: host_cookie,
+            loader: Mutex::new(loader),
+            has_host: host.is_some(),
             features,
             pods: Mutex::new(pods),
             counters: Mutex::new(counters),
@@ -285,7 +290,7 @@ impl Datapath {
     /// The node's programs, and whether each is attached.
     pub fn programs(&self) -> Vec<(&'static str, bool)> {
         let egress = self.features.cgroup_guard.then_some("egress");
-        let host_flows = (self.host != 0).then_some("host_flows");
+        let host_flows = self.has_host.then_some("host_flows");
         ["connect4", "connect6"]
             .into_iter()
             .chain(egress)

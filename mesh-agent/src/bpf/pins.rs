@@ -17,6 +17,7 @@ use nix::{
 };
 
 use super::BpfError;
+use crate::sys::bpf::detach_pinned_link;
 
 /// A map of the node, with the sizes of its keys and values in bytes. aya does not compare them.
 struct NodeMap {
@@ -145,7 +146,8 @@ impl Pins {
     }
 }
 
-/// Pins a link in the place of another, which stays attached until this one is in force.
+/// Pins a link in the place of another, which stays attached until this one is in force, and no
+/// longer: as long as both are, both decide.
 pub(super) fn replace(link: FdLink, path: &Path) -> Result<(), BpfError> {
     // bpffs refuses names with a dot.
     let mut beside = path.as_os_str().to_owned();
@@ -153,13 +155,25 @@ pub(super) fn replace(link: FdLink, path: &Path) -> Result<(), BpfError> {
     let beside = PathBuf::from(beside);
     remove(&beside)?;
     let _pinned: PinnedLink = link.pin(&beside)?;
+    detach(path);
     fs::rename(&beside, path).map_err(BpfError::io(path))
 }
 
-/// Removes a pin, if there is one.
+/// Removes a pin, if there is one, and detaches the link that it holds.
 pub(super) fn remove(path: &Path) -> Result<(), BpfError> {
+    detach(path);
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(BpfError::io(path)(error)),
         Ok(()) | Err(_) => Ok(()),
+    }
+}
+
+/// Detaches a pinned link at once. If that fails, the kernel will do it after its pin is gone.
+fn detach(path: &Path) {
+    match detach_pinned_link(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            tracing::debug!(path = %path.display(), %error, "cannot detach what is pinned here");
+        }
+        Ok(()) | Err(_) => {}
     }
 }

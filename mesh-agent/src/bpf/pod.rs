@@ -7,11 +7,10 @@ use std::{
 };
 
 use aya::{
-    Ebpf, EbpfLoader,
-    maps::SockMap,
+    Ebpf,
+    maps::{Array, SockMap},
     programs::{
-        SchedClassifier, SkLookup, TcAttachType,
-        LinkOrder,
+        LinkOrder, SchedClassifier, SkLookup, TcAttachType,
         links::{FdLink, PinnedLink},
         tc::{SchedClassifierLink, TcAttachOptions},
     },
@@ -45,8 +44,7 @@ pub struct Device {
 }
 
 impl Datapath {
-    /// The object, for one pod. Whoever may need it for the same pod soon puts it into `loaded`:
-    /// loading parses the types of the whole kernel, which takes longer than everything else.
+    /// The object, for one pod. Whoever may need it for the same pod soon puts it into `loaded`.
     fn load_for(&self, cookie: u64) -> Result<Ebpf, BpfError> {
         if let Some((of, ebpf)) = lock(&self.loaded).take()
             && of == cookie
@@ -55,12 +53,15 @@ impl Datapath {
         }
         let directory = self.pins.pod(cookie);
         fs::create_dir_all(&directory).map_err(BpfError::io(&directory))?;
-        let mut loader = EbpfLoader::new();
-        self.pins.share_maps(&mut loader);
-        loader.map_pin_path("LISTENERS", directory.join("LISTENERS"));
-        loader.override_global("POD_COOKIE", &cookie, true);
-        loader.override_global("HOST_COOKIE", &self.host, true);
-        Ok(loader.load(OBJECT)?)
+        let mut ebpf = {
+            let mut loader = lock(&self.loader);
+            loader.map_pin_path("LISTENERS", directory.join("LISTENERS"));
+            loader.load(OBJECT)?
+        };
+        let map = ebpf.map_mut("POD").ok_or_else(|| no_map("POD"))?;
+        let mut pod: Array<_, u64> = map.try_into().map_err(BpfError::map("POD"))?;
+        pod.set(0, cookie, 0).map_err(BpfError::map("POD"))?;
+        Ok(ebpf)
     }
 
     /// Guards the pod's devices. Call in the pod's network namespace.
@@ -183,9 +184,7 @@ impl Datapath {
         inbound: &impl AsRawFd,
     ) -> Result<(), BpfError> {
         let mut ebpf = self.load_for(cookie)?;
-        let map = ebpf.take_map("LISTENERS").ok_or_else(|| {
-            BpfError::Unsupported("the eBPF object has no map LISTENERS".to_owned())
-        })?;
+        let map = ebpf.take_map("LISTENERS").ok_or_else(|| no_map("LISTENERS"))?;
         let mut listeners: SockMap<_> = map.try_into().map_err(BpfError::map("LISTENERS"))?;
         listeners.set(OUTBOUND_LISTENER, outbound, 0).map_err(BpfError::map("LISTENERS"))?;
         listeners.set(INBOUND_LISTENER, inbound, 0).map_err(BpfError::map("LISTENERS"))?;
@@ -235,6 +234,9 @@ impl Datapath {
             pins::remove(&pin)?;
         }
         let directory = self.pins.pod(cookie);
+        for pin in fs::read_dir(&directory).into_iter().flatten().flatten() {
+            pins::remove(&pin.path())?;
+        }
         match fs::remove_dir_all(&directory) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 Err(BpfError::io(directory)(error))
@@ -277,10 +279,12 @@ impl Guard {
 fn detach_all(guards: &[Guard], devices: &[Device]) -> Result<(), BpfError> {
     let mut all = guards.iter().flat_map(|guard| devices.iter().map(move |device| (guard, device)));
     all.try_for_each(|(guard, device)| {
-        let name = guard.program();
-        classic::detach(name, &device.name, guard.direction())
-            .map_err(|error| BpfError::program(name)(error.into()))
+        classic::detach(&device.name, guard.direction()).map_err(BpfError::program(guard.program()))
     })
+}
+
+fn no_map(name: &'static str) -> BpfError {
+    BpfError::Unsupported(format!("the eBPF object has no map {name}"))
 }
 
 /// A program of the object, loaded into the kernel once.

@@ -19,14 +19,14 @@ pub(super) enum ClusterError {
     #[error("kubeconfig, which `mesh-agent cni-install` writes: {0}")]
     Kubeconfig(#[from] KubeconfigError),
     #[error(
-        "the Kubernetes API does not accept the plugin's credentials (401 {0}): they are those of \
-         the node's mesh-agent pod, and `mesh-agent cni-install --watch` in it renews them. See \
-         whether that pod runs, and what that container logs"
+        "the Kubernetes API does not accept the plugin's credentials (401 {0}): \
+         `mesh-agent cni-install --watch` in the node's mesh-agent pod renews them. See whether that \
+         pod runs, and what its container cni logs"
     )]
     Unauthorized(String),
     #[error(
-        "the Kubernetes API does not let the plugin read (403 {0}): give the service account of \
-         the mesh-agent pods the verb get on pods and namespaces"
+        "the Kubernetes API does not let the plugin read (403 {0}): give the service account \
+         nodemesh-cni the verb get on pods and namespaces"
     )]
     Forbidden(String),
     #[error("the Kubernetes API answers {code} {message}")]

@@ -1,6 +1,17 @@
 //! A connection to the control plane: TCP, TLS, gRPC, in this order, each with its own error.
 
-use std::{fmt, future::Future, io, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    future::Future,
+    io,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use futures::future::BoxFuture;
 use hyper_util::rt::TokioIo;
@@ -10,7 +21,7 @@ use rustls::{
     pki_types::{CertificateDer, ServerName},
 };
 use tokio::{
-    io::{AsyncRead, AsyncWrite},
+    io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
     time::timeout,
 };
@@ -88,14 +99,16 @@ enum Reason {
          mesh has got new roots meanwhile"
     )]
     Distrust,
+    #[error("it does not accept this node's certificate: {0}")]
+    Refused(String),
     #[error("{0}")]
     Other(String),
 }
 
 impl ConnectError {
-    /// Whether a control plane answered that we have no reason to trust.
+    /// Whether a control plane answered that we have no reason to trust, or that does not trust us.
     pub(super) fn is_distrust(&self) -> bool {
-        self.0.iter().any(|(_, reason)| matches!(reason, Reason::Distrust))
+        self.0.iter().any(|(_, reason)| matches!(reason, Reason::Distrust | Reason::Refused(_)))
     }
 }
 
@@ -118,6 +131,74 @@ pub(super) struct Connection {
     pub(super) endpoint: String,
     /// The chain that the control plane has shown, leaf first.
     pub(super) server_chain: Vec<CertificateDer<'static>>,
+    refused: Arc<AtomicBool>,
+}
+
+impl Connection {
+    /// Whether the control plane has refused the certificate that it was shown. With TLS 1.3 it says so
+    /// after the handshake is over for us, and then every call fails.
+    pub(super) fn is_refused(&self) -> bool {
+        self.refused.load(Ordering::Relaxed)
+    }
+}
+
+/// Hears that a certificate is refused: HTTP/2 keeps only the words of an error.
+struct Hearing<S> {
+    stream: S,
+    refused: Arc<AtomicBool>,
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Hearing<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let read = Pin::new(&mut self.stream).poll_read(cx, buffer);
+        if let Poll::Ready(Err(error)) = &read
+            && is_refusal(error)
+        {
+            self.refused.store(true, Ordering::Relaxed);
+        }
+        read
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Hearing<S> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.stream).poll_write(cx, buffer);
+        if let Poll::Ready(Err(_)) = &written {
+            // Nobody would read any more what the control plane has said before it hung up.
+            drop(self.poll_read(cx, &mut ReadBuf::new(&mut [0; 64])));
+        }
+        written
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+fn is_refusal(error: &io::Error) -> bool {
+    use rustls::{AlertDescription as Alert, Error::AlertReceived};
+    matches!(
+        error.get_ref().and_then(|error| error.downcast_ref()),
+        Some(AlertReceived(
+            Alert::UnknownCA
+                | Alert::BadCertificate
+                | Alert::CertificateExpired
+                | Alert::CertificateRevoked
+                | Alert::CertificateUnknown
+        ))
+    )
 }
 
 /// Tries the addresses in turn.
@@ -154,7 +235,8 @@ async fn connect_one(
         .map_err(|error| tls_reason(&error))?;
     let server_chain = stream.get_ref().1.peer_certificates().unwrap_or_default().to_vec();
 
-    let mut stream = Some(TokioIo::new(stream));
+    let refused = Arc::new(AtomicBool::new(false));
+    let mut stream = Some(TokioIo::new(Hearing { stream, refused: Arc::clone(&refused) }));
     let channel = Endpoint::from_static("http://control.nodemesh")
         .http2_keep_alive_interval(PROBE_EVERY)
         .keep_alive_timeout(PROBE_WITHIN)
@@ -164,9 +246,12 @@ async fn connect_one(
             std::future::ready(stream)
         }))
         .await
-        .map_err(|error| Reason::Other(Chain(&error).to_string()))?;
+        .map_err(|error| {
+            let why = Chain(&error).to_string();
+            if refused.load(Ordering::Relaxed) { Reason::Refused(why) } else { Reason::Other(why) }
+        })?;
     let client = Client::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
-    Ok(Connection { client, endpoint: endpoint.to_owned(), server_chain })
+    Ok(Connection { client, endpoint: endpoint.to_owned(), server_chain, refused })
 }
 
 /// Why a handshake failed, in words: rustls has names for the reasons, not sentences.

@@ -44,6 +44,8 @@ enum LinkError {
     Connect(#[from] ConnectError),
     #[error("the control plane does not let this node watch the registry: {}", words(.0))]
     Refused(tonic::Status),
+    #[error("the control plane does not accept this node's certificate: {}", words(.0))]
+    CertificateRefused(tonic::Status),
     #[error("the connection to the control plane is lost: {0}")]
     Lost(String),
     #[error("the node's certificate has expired and the control plane has not renewed it")]
@@ -60,6 +62,7 @@ impl LinkError {
         match self {
             Self::Connect(error) => error.is_distrust(),
             Self::Refused(status) => status.code() == Code::Unauthenticated,
+            Self::CertificateRefused(_) => true,
             Self::Node(_) | Self::Lost(_) | Self::Expired | Self::Tls(_) | Self::NotAnew { .. } => {
                 false
             }
@@ -127,6 +130,7 @@ impl Link {
                 LinkError::Node(_)
                 | LinkError::Connect(_)
                 | LinkError::Refused(_)
+                | LinkError::CertificateRefused(_)
                 | LinkError::Lost(_)
                 | LinkError::Tls(_)
                 | LinkError::NotAnew { .. } => {
@@ -224,8 +228,7 @@ impl Link {
         identity: &NodeIdentity,
         connection: connect::Connection,
     ) -> Result<NodeIdentity, LinkError> {
-        let connect::Connection { mut client, endpoint, server_chain } = connection;
-        let server_chain = server_chain.into();
+        let mut client = connection.client.clone();
         let (answers, requests) = mpsc::channel(UNSENT_ANSWERS);
         let say = |message| {
             answers
@@ -239,8 +242,16 @@ impl Link {
         let mut stream = timeout(ANSWER_WITHIN, client.watch(ReceiverStream::new(requests)))
             .await
             .map_err(|_| LinkError::Lost("no answer".to_owned()))?
-            .map_err(LinkError::Refused)?
+            .map_err(|status| {
+                if connection.is_refused() {
+                    LinkError::CertificateRefused(status)
+                } else {
+                    LinkError::Refused(status)
+                }
+            })?
             .into_inner();
+        let connect::Connection { endpoint, server_chain, .. } = connection;
+        let server_chain = server_chain.into();
         self.connected(endpoint, client.clone());
 
         let mut state = self.state.clone();

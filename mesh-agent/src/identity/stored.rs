@@ -35,11 +35,11 @@ impl Stored {
     /// not used and no error: it is as if the change had not arrived.
     pub(super) fn load(dir: PrivateDir) -> (Self, Result<Snapshot, String>) {
         let mut stored = Self { dir, whole: 0, changes: 0 };
-        let snapshot = stored.read().map_err(|error| {
+        let snapshot = stored.read();
+        if snapshot.is_err() {
             // Whatever comes next is stored as a whole.
             (stored.whole, stored.changes) = (0, u64::MAX);
-            error
-        });
+        }
         (stored, snapshot)
     }
 

@@ -9,6 +9,7 @@ mod registry;
 mod reporting;
 mod rotation;
 mod services;
+mod versions;
 
 use std::{
     fs,
@@ -18,7 +19,7 @@ use std::{
     time::Duration,
 };
 
-use mesh_common::svid::Leaf;
+use mesh_common::svid::{Leaf, SvidError};
 use rustls::pki_types::ServerName;
 use tempfile::TempDir;
 use tokio::{io::duplex, sync::watch, time::timeout};
@@ -152,6 +153,42 @@ async fn two_pods_prove_themselves_to_each_other() {
 
     let key_file = fs::metadata(bench.svid_file(UID)).unwrap();
     assert_eq!(key_file.mode() & 0o777, 0o600);
+}
+
+#[tokio::test(start_paused = true)]
+async fn two_pods_of_one_node_vouch_for_each_other_while_both_are_valid_and_for_no_stranger() {
+    let bench = Bench::new();
+    bench.fake.register(workload("other", 2));
+    let identity = bench.start();
+    let client = identity.track(UID).wait(DEADLINE).await.unwrap();
+    let server = identity.track("other").wait(DEADLINE).await.unwrap();
+    let now = bench.clock.now();
+    client.vouch(&server, now).unwrap();
+    server.vouch(&client, now).unwrap();
+    let first = client.leaf.not_after.min(server.leaf.not_after);
+    client.vouch(&server, first - Duration::from_secs(1)).unwrap();
+    for (client, server) in [(&client, &server), (&server, &client)] {
+        let expired = client.vouch(server, first);
+        assert!(matches!(expired, Err(SvidError::Expired(at)) if at == first), "{expired:?}");
+    }
+
+    // Another root is trusted, too: that the bundle is another one says nothing about the pods.
+    let handle = identity.track(UID);
+    let roots = [bench.fake.authority().root(), Authority::new("next").root()];
+    bench.fake.trust(&roots);
+    let renewed = until(handle.receiver(), "the pod trusts both roots", |svid| {
+        svid.as_ref().is_some_and(|svid| svid.bundle.roots.len() == 2)
+    });
+    let renewed = renewed.await.unwrap();
+    renewed.vouch(&server, now).unwrap();
+    server.vouch(&renewed, now).unwrap();
+
+    let elsewhere = Bench::new();
+    let stranger = elsewhere.start().track(UID).wait(DEADLINE).await.unwrap();
+    for (client, server) in [(&client, &stranger), (&stranger, &client)] {
+        let refused = client.vouch(server, now);
+        assert!(matches!(refused, Err(SvidError::UnknownIssuer(_))), "{refused:?}");
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -49,13 +49,17 @@ fn find_one(uid: &str, scene: &Scene) -> Result<PathBuf, Doubt> {
     if namespaces.contains(host) {
         return Err(Doubt::Host);
     }
-    let mut namespaces = namespaces.into_iter();
-    let netns = match (namespaces.next(), namespaces.next()) {
-        (Some(netns), None) => netns,
-        (None, _) => return Err(Doubt::NoProcess),
-        (Some(_), Some(_)) => return Err(Doubt::Several),
+    let mounted = |netns: &&u64| pins.iter().any(|pin| pin.netns == **netns);
+    let mut sandboxes = namespaces.iter().filter(mounted);
+    let netns = match (sandboxes.next(), sandboxes.next(), namespaces.first()) {
+        // Others its processes have made for themselves, and lead nowhere but through this one, unless
+        // a privileged one has moved devices there.
+        (Some(netns), None, _) => *netns,
+        (None, _, None) => return Err(Doubt::NoProcess),
+        (None, _, Some(netns)) if namespaces.len() == 1 => return Err(Doubt::NotMounted(*netns)),
+        (_, _, _) => return Err(Doubt::Several),
     };
-    let inside = processes.iter().filter(|process| process.netns == netns);
+    let inside = processes.iter().filter(|process| namespaces.contains(&process.netns));
     if let Some(other) = inside.flat_map(|process| &process.pods).find(|other| *other != uid) {
         return Err(Doubt::Shared(other.clone()));
     }
@@ -98,12 +102,19 @@ mod tests {
         type Case =
             (&'static str, &'static [(&'static [&'static str], u64)], Result<&'static str, Doubt>);
         let pins = [(2, "cni-a"), (3, "cni-b"), (5, "attached"), (5, "cni-c")];
-        let cases: [Case; 10] = [
+        let cases: [Case; 13] = [
             ("its own", &[(&["a"], 2), (&["a"], 2), (&["b"], 3)], Ok("cni-a")),
             ("the runtime's mount is the one", &[(&["a"], 5)], Ok("cni-c")),
             ("nothing runs", &[(&["b"], 3)], Err(Doubt::NoProcess)),
             ("they disagree", &[(&["a"], 2), (&["a"], 3)], Err(Doubt::Several)),
-            ("they disagree, not mounted", &[(&["a"], 2), (&["a"], 9)], Err(Doubt::Several)),
+            ("one has made its own", &[(&["a"], 2), (&["a"], 9), (&["a"], 8)], Ok("cni-a")),
+            ("which is the host's", &[(&["a"], 2), (&["a"], 9), (&["a"], HOST)], Err(Doubt::Host)),
+            (
+                "which another is in, too",
+                &[(&["a"], 2), (&["a"], 9), (&["b"], 9)],
+                Err(Doubt::Shared("b".to_owned())),
+            ),
+            ("they disagree, not mounted", &[(&["a"], 8), (&["a"], 9)], Err(Doubt::Several)),
             ("the host's", &[(&["a"], HOST)], Err(Doubt::Host)),
             ("the host's, one of them", &[(&["a"], 2), (&["a"], HOST)], Err(Doubt::Host)),
             ("another's too", &[(&["a"], 2), (&["b"], 2)], Err(Doubt::Shared("b".to_owned()))),
@@ -119,7 +130,8 @@ mod tests {
 
     #[test]
     fn one_pod_s_doubt_is_not_another_s() {
-        let scene = scene(&[(&["a"], 2), (&["b"], 3), (&["b"], 4)], &[(2, "cni-a"), (3, "cni-b")]);
+        let pins = [(2, "cni-a"), (3, "cni-b"), (4, "cni-c")];
+        let scene = scene(&[(&["a"], 2), (&["b"], 3), (&["b"], 4)], &pins);
         let found = find(&["a", "b"].map(str::to_owned).into(), &scene);
         assert_eq!(found["a"], Ok("/run/netns/cni-a".into()));
         assert_eq!(found["b"], Err(Doubt::Several));

@@ -9,7 +9,7 @@ mod missing;
 mod processes;
 
 #[cfg(test)]
-mod scripted;
+pub(crate) mod scripted;
 #[cfg(test)]
 mod tests;
 

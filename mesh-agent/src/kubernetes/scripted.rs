@@ -8,7 +8,7 @@ use serde_json::Value;
 use tower::service_fn;
 
 /// A client whose requests are answered by `script`: method and path to status and body.
-pub(super) fn scripted(
+pub(crate) fn scripted(
     script: impl Fn(&str, &str) -> (u16, Value) + Send + Sync + 'static,
 ) -> Client {
     let script = Arc::new(script);

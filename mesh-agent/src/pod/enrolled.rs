@@ -28,7 +28,7 @@ use super::{
     ledger::Entry,
     manager::Node,
     netns::Netns,
-    routing::{Changes, Routing},
+    routing::{Changes, Routing, settings_hold},
     sockets::{Facing, PodSockets, port_problem},
     source::PodSpec,
 };
@@ -75,6 +75,7 @@ pub struct PodState {
     pub listening: AtomicBool,
     /// Its certificate; none once it is un-enrolled.
     pub svid: Mutex<Option<SvidHandle>>,
+    namespace: Arc<Netns>,
     guarded: Mutex<Guarded>,
     listener_port: AtomicU64,
     wake: Notify,
@@ -105,6 +106,13 @@ impl PodState {
     /// Has the pod's namespace looked at, because something may have changed in it.
     pub fn wake(&self) {
         self.wake.notify_one();
+    }
+
+    /// Has it looked at if a setting in it is not what it has to be.
+    pub(super) fn check_settings(&self) {
+        if !settings_hold(&self.namespace) {
+            self.wake();
+        }
     }
 
     fn config(&self, inventory: &Inventory) -> PodConfig {
@@ -168,6 +176,7 @@ impl Enrolled {
             aborted: AtomicU64::new(0),
             listening: AtomicBool::new(false),
             svid: Mutex::new(None),
+            namespace: Arc::clone(&netns),
             guarded: Mutex::default(),
             listener_port: AtomicU64::new(0),
             wake: Notify::new(),
@@ -393,7 +402,7 @@ async fn guard_devices(
     inventory: &Inventory,
 ) -> Result<()> {
     let cookie = state.cookie;
-    let peers = host_peers(netns, &inventory.devices).await?;
+    let peers = host_peers(netns, inventory).await?;
     netns
         .try_run(|| node.datapath.guard_devices(cookie, &inventory.devices))
         .context("entering the pod's network namespace")??;
@@ -419,11 +428,11 @@ pub(super) async fn let_go(node: &Node, cookie: u64, routing: &Routing) -> Resul
 /// Takes classic tc filters from the pod's devices: the third guard before the second, whose stamp
 /// it wants.
 pub(super) async fn unguard(routing: &Routing) -> Result<()> {
-    let Inventory { devices, .. } = routing.inventory().await?;
+    let inventory = routing.inventory().await?;
     let netns = routing.netns();
-    Datapath::unguard_peers(&host_peers(netns, &devices).await?)?;
+    Datapath::unguard_peers(&host_peers(netns, &inventory).await?)?;
     netns
-        .try_run(|| Datapath::unguard_devices(&devices))
+        .try_run(|| Datapath::unguard_devices(&inventory.devices))
         .context("entering the pod's network namespace")??;
     Ok(())
 }

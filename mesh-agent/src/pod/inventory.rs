@@ -15,6 +15,7 @@ use netlink_packet_route::{
     link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage},
     nsid::{NsidAttribute, NsidMessage},
 };
+use nix::libc;
 use rtnetlink::Handle;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -33,6 +34,8 @@ pub struct Inventory {
     pub sources: Vec<IpAddr>,
     /// Its devices, loopback left out.
     pub devices: Vec<Device>,
+    /// The indices of their other ends, where those are.
+    pub(super) other_ends: Vec<u32>,
 }
 
 impl Inventory {
@@ -47,9 +50,10 @@ impl Inventory {
             } else {
                 DeviceLink::None
             };
-            let name = LinkFacts::of(&link).name;
+            let LinkFacts { name, other, .. } = LinkFacts::of(&link);
             let device = |name| Device { index: link.header.index, name, link: framing };
             inventory.devices.extend(name.map(device));
+            inventory.other_ends.extend(other);
         }
         let listed = handle.address().get().execute().try_collect::<Vec<_>>();
         for message in answered("listing addresses", listed).await? {
@@ -98,17 +102,23 @@ fn can_be_source(message: &AddressMessage) -> bool {
         && !message.header.flags.intersects(unusable)
 }
 
-/// The devices of the calling thread's namespace that are the other ends of a pod's veths.
+/// The devices of the calling thread's namespace that are the other ends of a pod's veths. Each is
+/// asked for by its index: the kernel lists all devices in time that grows with the square of the
+/// pods, and every pod asks.
 ///
 /// # Errors
 ///
 /// See [`RoutingError`].
-pub async fn host_peers(netns: &Netns, pod: &[Device]) -> Result<Vec<Device>, RoutingError> {
+pub async fn host_peers(netns: &Netns, pod: &Inventory) -> Result<Vec<Device>, RoutingError> {
     let (connection, mut handle, _) = rtnetlink::new_connection().map_err(RoutingError::Netns)?;
     let _connection = AbortOnDropHandle::new(tokio::spawn(connection));
     let Some(nsid) = nsid(&mut handle, netns).await? else { return Ok(Vec::new()) };
-    let links = links(&handle).await?;
-    Ok(links.iter().filter_map(|link| as_peer(link, nsid, pod)).collect())
+    let mut peers = Vec::new();
+    for index in &pod.other_ends {
+        let found = link(&handle, *index).await?;
+        peers.extend(found.and_then(|link| as_peer(&link, nsid, &pod.devices)));
+    }
+    Ok(peers)
 }
 
 /// A veth whose other end is a device of the pod, in the namespace known as `nsid`.
@@ -140,6 +150,20 @@ async fn nsid(handle: &mut Handle, netns: &Netns) -> Result<Option<i32>, Routing
         _ => None,
     });
     Ok(number.filter(|number| *number >= 0))
+}
+
+/// A device; none if there is none of this index.
+async fn link(handle: &Handle, index: u32) -> Result<Option<LinkMessage>, RoutingError> {
+    let what = "looking at the other end of a device";
+    let mut answers = handle.link().get().match_index(index).execute();
+    match answered(what, answers.try_next()).await {
+        Err(RoutingError::Netlink { source: rtnetlink::Error::NetlinkError(error), .. })
+            if error.raw_code() == -libc::ENODEV =>
+        {
+            Ok(None)
+        }
+        answer => answer,
+    }
 }
 
 async fn links(handle: &Handle) -> Result<Vec<LinkMessage>, RoutingError> {

@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use mesh_common::{abi, report::Reason};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -30,7 +30,7 @@ use crate::{
     balance::Balancer,
     bpf::{Counted, Datapath, Events, GuardEvent},
     config::Config,
-    identity::{Identity, Snapshot},
+    identity::{Identity, Snapshot, Svid, SvidHandle},
     observer::Observed,
     policy::Policy,
     proxy::{ClientStream, Neighbours, registration},
@@ -93,6 +93,8 @@ pub struct Manager {
     wanted: BTreeSet<String>,
     /// When a drop was last logged, by the pod's cookie.
     logged: BTreeMap<u64, Instant>,
+    /// A setting was written, in some pod or other.
+    written: Arc<Notify>,
     view: Arc<View>,
 }
 
@@ -111,7 +113,14 @@ impl Manager {
             known: Mutex::default(),
             synced: AtomicBool::new(false),
         });
-        Self { node, pods: BTreeMap::new(), wanted: BTreeSet::new(), logged: BTreeMap::new(), view }
+        Self {
+            node,
+            pods: BTreeMap::new(),
+            wanted: BTreeSet::new(),
+            logged: BTreeMap::new(),
+            written: Arc::default(),
+            view,
+        }
     }
 
     /// What is enrolled, for whoever asks.
@@ -133,6 +142,7 @@ impl Manager {
     ) -> Result<()> {
         let registry =
             tokio::spawn(purge_pool(self.node.identity.snapshots(), self.node.pool.clone()));
+        let settings = tokio::spawn(check_settings(self.view(), Arc::clone(&self.written)));
         let mut sweep = tokio::time::interval(SWEEP_INTERVAL);
         let result = loop {
             tokio::select! {
@@ -150,6 +160,7 @@ impl Manager {
             }
         };
         registry.abort();
+        settings.abort();
         self.drain().await;
         result
     }
@@ -256,15 +267,7 @@ impl Manager {
                 let (layer, reason) = (layer.name(), reason.name());
                 tracing::warn!(pod = uid, layer, reason, "the guard refused or dropped something");
             }
-            GuardEvent::SettingWritten => {
-                let pods: Vec<_> = known.pods.values().cloned().collect();
-                tokio::spawn(async move {
-                    for delay in AFTER_WRITE {
-                        tokio::time::sleep(delay).await;
-                        pods.iter().for_each(|pod| pod.wake());
-                    }
-                });
-            }
+            GuardEvent::SettingWritten => self.written.notify_one(),
         }
     }
 
@@ -353,6 +356,22 @@ impl Manager {
         match tokio::time::timeout(limit, all).await {
             Ok(()) => tracing::info!("every connection has ended"),
             Err(_elapsed) => tracing::warn!("connections are still open: they are reset"),
+        }
+    }
+}
+
+/// Looks at every pod's settings when one was written. The kernel does not say whose it was.
+async fn check_settings(view: Arc<View>, written: Arc<Notify>) {
+    loop {
+        written.notified().await;
+        for delay in AFTER_WRITE {
+            tokio::time::sleep(delay).await;
+            let pods: Vec<_> = lock(&view.known).pods.values().cloned().collect();
+            // With hundreds of pods it takes milliseconds. A panic is told of where it happens.
+            let checked = tokio::task::spawn_blocking(move || {
+                pods.iter().for_each(|pod| pod.check_settings());
+            });
+            drop(checked.await);
         }
     }
 }
@@ -453,7 +472,13 @@ impl Inspect for View {
 
     fn pods(&self) -> Vec<PodFacts> {
         let pods: Vec<_> = lock(&self.known).pods.values().cloned().collect();
-        pods.iter().map(|pod| self.facts(pod)).collect()
+        let attached = self.node.datapath.programs().iter().all(|(_, attached)| *attached);
+        pods.iter().map(|pod| self.facts(pod, attached)).collect()
+    }
+
+    fn svid(&self, uid: &str) -> Option<watch::Receiver<Option<Arc<Svid>>>> {
+        let pod = lock(&self.known).pods.get(uid).cloned()?;
+        lock(&pod.svid).as_ref().map(SvidHandle::receiver)
     }
 }
 
@@ -485,13 +510,13 @@ impl View {
         })
     }
 
-    fn facts(&self, pod: &PodState) -> PodFacts {
+    fn facts(&self, pod: &PodState, attached: bool) -> PodFacts {
         let Guarded { inventory, peers, problem } = pod.guarded();
         let datapath = &self.node.datapath;
         let active = problem.is_none();
         let devices = inventory.devices.into_iter().map(|device| device.name).collect();
-        let cgroup = datapath.configuration(pod.cookie).is_ok_and(|config| config.is_some())
-            && datapath.programs().iter().all(|(_, attached)| *attached);
+        let cgroup =
+            datapath.configuration(pod.cookie).is_ok_and(|config| config.is_some()) && attached;
         let mut guard = Vec::new();
         if datapath.features().cgroup_guard {
             let layer = "cgroup".to_owned();

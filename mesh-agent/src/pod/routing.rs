@@ -207,16 +207,10 @@ impl Routing {
         let ensure = || {
             let mut changed = 0;
             for (path, wanted) in SETTINGS {
-                match fs::read_to_string(path) {
-                    Ok(found) if found.trim() == wanted => {}
-                    // A kernel without IPv6.
-                    Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                    Ok(_) => {
-                        fs::write(path, wanted)
-                            .map_err(|source| RoutingError::Setting { path, source })?;
-                        changed += 1;
-                    }
-                    Err(source) => return Err(RoutingError::Setting { path, source }),
+                let failed = |source| RoutingError::Setting { path, source };
+                if !is_set(path, wanted).map_err(failed)? {
+                    fs::write(path, wanted).map_err(failed)?;
+                    changed += 1;
                 }
             }
             Ok(changed)
@@ -326,6 +320,21 @@ impl Routing {
             Ok(())
         };
         self.netns.try_run(reset).map_err(RoutingError::Netns)?
+    }
+}
+
+/// Whether the settings in a namespace are what the capture needs. Those that cannot be read are not.
+pub(super) fn settings_hold(netns: &Netns) -> bool {
+    let holds = || SETTINGS.into_iter().all(|(path, wanted)| is_set(path, wanted).unwrap_or(false));
+    netns.try_run(holds).unwrap_or(false)
+}
+
+fn is_set(path: &str, wanted: &str) -> io::Result<bool> {
+    match fs::read_to_string(path) {
+        Ok(found) => Ok(found.trim() == wanted),
+        // A kernel without IPv6.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(true),
+        Err(error) => Err(error),
     }
 }
 

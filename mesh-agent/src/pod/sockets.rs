@@ -22,6 +22,7 @@ use crate::{
     bpf::{Datapath, Tag},
     stats::Direction,
     sys::socket::{limit_backoff, limit_ports},
+    tunnel::AppSocket,
 };
 
 /// Connections that the kernel holds until they are accepted; it cuts to `net.core.somaxconn`.
@@ -147,9 +148,9 @@ impl PodSockets {
         &self,
         client: IpAddr,
         destination: SocketAddr,
-    ) -> io::Result<tokio::net::TcpStream> {
+    ) -> io::Result<AppSocket> {
         let socket = self.application_socket(destination)?;
-        connect(socket, client, &APPLICATION_PORTS, destination).await
+        connect(socket, client, &APPLICATION_PORTS, destination).await.map(AppSocket::prepared)
     }
 
     /// The same for a `client` outside of the mesh.
@@ -161,7 +162,7 @@ impl PodSockets {
         &self,
         client: IpAddr,
         destination: SocketAddr,
-    ) -> io::Result<tokio::net::TcpStream> {
+    ) -> io::Result<AppSocket> {
         // The kernel chooses no port outside of its range, so that it must be asked for each.
         for _ in 0..PLAINTEXT_ATTEMPTS {
             let socket = self.application_socket(destination)?;
@@ -174,7 +175,7 @@ impl PodSockets {
             let taken = [io::ErrorKind::AddrInUse, io::ErrorKind::AddrNotAvailable];
             match dialled {
                 Err(error) if taken.contains(&error.kind()) => {}
-                result => return result,
+                result => return result.map(AppSocket::prepared),
             }
         }
         Err(io::ErrorKind::AddrInUse.into())

@@ -59,15 +59,18 @@ pub(super) async fn connection(
             pod.stats.deny(&parties, reason);
             reset(&stream);
         }
-        Verdict::Deny(_) | Verdict::Mesh(_) => match handshake(pod, stream, source, kill).await {
-            Ok((tunnel, header)) => tunnel.serve(header, client, destination).await,
-            Err(failed) => {
-                pod.no_tunnel(Direction::Inbound, client, &failed);
-                if failed.kind == HandshakeFailure::Protocol {
-                    pod.stats.deny(&parties, DenyReason::PlaintextRefused);
+        Verdict::Deny(_) | Verdict::Mesh(_) => {
+            // Apart: its state is larger than all that a tunnel needs afterwards.
+            match Box::pin(handshake(pod, stream, source, kill)).await {
+                Ok((mut tunnel, header)) => tunnel.serve(header, client, destination).await,
+                Err(failed) => {
+                    pod.no_tunnel(Direction::Inbound, client, &failed);
+                    if failed.kind == HandshakeFailure::Protocol {
+                        pod.stats.deny(&parties, DenyReason::PlaintextRefused);
+                    }
                 }
             }
-        },
+        }
     }
 }
 
@@ -84,7 +87,7 @@ async fn plaintext(pod: &PodProxy, stream: TcpStream, parties: Parties, kill: &C
     let dial = async {
         pod.sockets.allow_plaintext(&stream)?;
         let app = pod.sockets.dial_application_in_plaintext(client.ip(), destination).await?;
-        Ok((AppSocket::new(stream)?, AppSocket::new(app)?))
+        Ok((AppSocket::new(stream)?, app))
     };
     match patient(pod.timeouts.dial, dial).await {
         Ok((client, app)) => {
@@ -163,7 +166,7 @@ async fn greeting(stream: &TcpStream) -> Result<(), Failed> {
 
 impl Tunnel<'_> {
     /// Serves one connection after the other.
-    async fn serve(mut self, first: Header, peer: SocketAddr, destination: SocketAddr) {
+    async fn serve(&mut self, first: Header, peer: SocketAddr, destination: SocketAddr) {
         let mut next = Some(first);
         while let Some(header) = next {
             if !self.carry(header, peer, destination).await {
@@ -214,7 +217,7 @@ impl Tunnel<'_> {
             return server::refuse(&mut self.stream, refusal).await;
         };
         let dial = self.pod.sockets.dial_application(peer.ip(), destination);
-        match patient(self.pod.timeouts.dial, dial).await.and_then(AppSocket::new) {
+        match patient(self.pod.timeouts.dial, dial).await {
             Ok(app) => {
                 let outcome = relay(app, &mut self.stream, Role::Server, guard.traffic()).await;
                 guard.finish(outcome.end);

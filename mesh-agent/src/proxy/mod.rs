@@ -167,10 +167,10 @@ impl PodProxy {
         let Ok(destination) = stream.local_addr() else { return };
         let (client, destination) = (canonical(client), canonical(destination));
         match facing {
-            Facing::Application => match AppSocket::new(stream) {
-                Ok(app) => outbound::connection(&self, app, client, destination, kill).await,
-                Err(error) => tracing::debug!(%error, %client, "the application is gone already"),
-            },
+            Facing::Application => {
+                let app = AppSocket::prepared(stream);
+                outbound::connection(&self, app, client, destination, kill).await;
+            }
             Facing::Network => inbound::connection(&self, stream, client, destination, kill).await,
         }
     }

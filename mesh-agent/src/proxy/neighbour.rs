@@ -125,7 +125,7 @@ impl Crossing<'_> {
             Err(reason) => return Ended { why: reason.to_string(), untouched: Some(app) },
         };
         let dial = server.sockets.dial_application(client.ip(), *address);
-        match patient(server.timeouts.dial, dial).await.and_then(AppSocket::new) {
+        match patient(server.timeouts.dial, dial).await {
             Ok(application) => {
                 let end = relay_plain(app, application, &[traffic, guard.traffic()]).await;
                 guard.finish(&end);

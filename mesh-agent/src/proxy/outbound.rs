@@ -170,7 +170,8 @@ impl Mesh<'_> {
         };
         match self.pod.pool.take(&key, proof) {
             Some(pooled) => Ok((pooled, true)),
-            None => Ok((self.handshake(&svid, key, proof).await?, false)),
+            // Apart: its state is larger than all that a connection needs afterwards.
+            None => Ok((Box::pin(self.handshake(&svid, key, proof)).await?, false)),
         }
     }
 

@@ -38,6 +38,13 @@ impl AppSocket {
         Ok(Self(stream))
     }
 
+    /// Takes a socket that was made, or accepted by a listener that was made, with `SO_LINGER` 0 and
+    /// `TCP_NODELAY`.
+    #[must_use]
+    pub const fn prepared(stream: TcpStream) -> Self {
+        Self(stream)
+    }
+
     /// The socket, for its addresses and options.
     #[must_use]
     pub const fn get_ref(&self) -> &TcpStream {

@@ -48,12 +48,13 @@ impl Facts {
         let spec = spec.unwrap_or_default();
         let own_uid = metadata.uid.unwrap_or_default();
         let annotations = metadata.annotations.unwrap_or_default();
+        let node = spec.node_name.unwrap_or_default();
         let workload = Workload {
             uid: membership::uid(&own_uid, &annotations).to_owned(),
             name: metadata.name.unwrap_or_default(),
             namespace: metadata.namespace.unwrap_or_default(),
-            service_account: spec.service_account_name.unwrap_or("default".to_owned()),
-            node: spec.node_name.unwrap_or_default(),
+            service_account: service_account(spec.service_account_name, &node),
+            node,
             addresses,
             owner,
         };
@@ -109,6 +110,13 @@ impl Facts {
             ..ObjectReference::default()
         }
     }
+}
+
+/// Only static pods have no service account: the API server lets them have none, and ordinary pods get
+/// one. A node makes them by itself, in whatever namespace it likes. So they are its own, by a name
+/// that no service account can have.
+fn service_account(own: Option<String>, node: &str) -> String {
+    own.filter(|name| !name.is_empty()).unwrap_or_else(|| format!("static_{node}"))
 }
 
 /// The pod's addresses, canonical.

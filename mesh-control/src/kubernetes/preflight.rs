@@ -15,8 +15,8 @@ use serde::de::DeserializeOwned;
 /// The first version of Kubernetes whose service account tokens name their node.
 const FIRST_KUBERNETES: (u32, u32) = (1, 33);
 
-/// The first kernel that chains programs at a device: see `docs/ARCHITECTURE.md`.
-const FIRST_KERNEL: (u32, u32) = (6, 6);
+/// The first kernel on which every program of the agent loads: see its `bpf/probe.rs`.
+const FIRST_KERNEL: (u32, u32) = (6, 12);
 
 /// The first containerd that tells CNI plugins the UID of a pod.
 const FIRST_CONTAINERD: (u32, u32) = (1, 6);
@@ -39,10 +39,12 @@ const CILIUM_ENCRYPTION: [&str; 2] = ["enable-wireguard", "enable-ipsec"];
 
 /// What whoever installs must be allowed to create: group, resource, and whether it is in the
 /// namespace of nodemesh.
-const CREATED: [(&str, &str, bool); 11] = [
+const CREATED: [(&str, &str, bool); 13] = [
     ("", "namespaces", false),
     ("rbac.authorization.k8s.io", "clusterroles", false),
     ("rbac.authorization.k8s.io", "clusterrolebindings", false),
+    ("admissionregistration.k8s.io", "validatingadmissionpolicies", false),
+    ("admissionregistration.k8s.io", "validatingadmissionpolicybindings", false),
     ("rbac.authorization.k8s.io", "roles", true),
     ("rbac.authorization.k8s.io", "rolebindings", true),
     ("", "serviceaccounts", true),
@@ -253,7 +255,7 @@ fn judge_node(node: &NodeFacts) -> Finding {
     }
     let (major, minor) = FIRST_KERNEL;
     if version(kernel).is_none_or(|found| found < FIRST_KERNEL) {
-        let text = format!("node {name}: Linux {kernel}, and {major}.{minor} is needed (tcx)");
+        let text = format!("node {name}: Linux {kernel}, and {major}.{minor} is needed");
         return problem(text);
     }
     let containerd = runtime.strip_prefix("containerd://");
@@ -354,8 +356,8 @@ mod tests {
             (|f| f.kubernetes.1 = "32".to_owned(), Problem, "1.33"),
             (|f| f.kubernetes.1 = "?".to_owned(), Problem, "1.33"),
             (|f| f.nodes.clear(), Problem, "no node"),
-            (|f| f.nodes[0].kernel = "6.5.0-generic".to_owned(), Problem, "6.6"),
-            (|f| f.nodes[0].kernel = String::new(), Problem, "6.6"),
+            (|f| f.nodes[0].kernel = "6.11.0-generic".to_owned(), Problem, "6.12"),
+            (|f| f.nodes[0].kernel = String::new(), Problem, "6.12"),
             (|f| f.nodes[0].runtime = "containerd://1.5.18".to_owned(), Problem, "UID"),
             (|f| f.nodes[0].os = "windows".to_owned(), Warning, "outside"),
             (

@@ -179,6 +179,18 @@ mod tests {
     }
 
     #[test]
+    fn a_static_pod_speaks_for_its_node_and_for_no_service_account() {
+        for none in [json!(null), json!("")] {
+            let mirror = json!({
+                "/metadata/annotations": {"kubernetes.io/config.mirror": "hash"},
+                "/spec/serviceAccountName": none,
+            });
+            assert_eq!(of(&[pod("a", mirror)])[0].service_account, "static_n1");
+        }
+        assert_eq!(of(&[pod("a", json!({}))])[0].service_account, "cart");
+    }
+
+    #[test]
     fn an_address_used_again_is_the_running_ones_then_the_newest_ones() {
         let later = json!("2026-01-02T00:00:00Z");
         let newer = |phase| json!({"/metadata/creationTimestamp": later, "/status/phase": phase});

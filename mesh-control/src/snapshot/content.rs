@@ -65,7 +65,7 @@ impl Content {
     }
 
     /// How many entries there are.
-    pub const fn len(&self) -> usize {
+    pub const fn entries(&self) -> usize {
         let Services { services, slices, nodes } = &self.services;
         self.workloads.len() + services.len() + slices.len() + nodes.len()
     }
@@ -99,45 +99,44 @@ impl Difference<'_> {
             settings: self.settings,
             ..Default::default()
         };
-        let workloads = self.workloads.iter().map(|change| match *change {
-            (_, Some(new)) => api::Snapshot { workloads: vec![new.to_api()], ..Default::default() },
-            (old, None) => removed(|all| &mut all.workload_uids, old.map(|old| old.uid.clone())),
-        });
-        let services = self.services.iter().map(|change| match *change {
-            (_, Some(new)) => {
-                api::Snapshot { services: vec![new.as_ref().clone()], ..Default::default() }
-            }
-            (old, None) => {
-                let name = old.map(|old| format!("{}/{}", old.namespace, old.name));
-                removed(|all| &mut all.services, name)
-            }
-        });
-        let slices = self.slices.iter().map(|change| match *change {
-            (_, Some(new)) => {
-                api::Snapshot { endpoint_slices: vec![new.as_ref().clone()], ..Default::default() }
-            }
-            (old, None) => {
-                let name = old.map(|old| format!("{}/{}", old.namespace, old.name));
-                removed(|all| &mut all.endpoint_slices, name)
-            }
-        });
-        let nodes = self.nodes.iter().map(|change| match *change {
-            (_, Some(new)) => {
-                api::Snapshot { nodes: vec![new.as_ref().clone()], ..Default::default() }
-            }
-            (old, None) => removed(|all| &mut all.nodes, old.map(|old| old.name.clone())),
-        });
+        let workloads = told(
+            &self.workloads,
+            |new| api::Snapshot { workloads: vec![new.to_api()], ..Default::default() },
+            |old, all| all.workload_uids.push(old.uid.clone()),
+        );
+        let services = told(
+            &self.services,
+            |new| api::Snapshot { services: vec![new.clone()], ..Default::default() },
+            |old, all| all.services.push(format!("{}/{}", old.namespace, old.name)),
+        );
+        let slices = told(
+            &self.slices,
+            |new| api::Snapshot { endpoint_slices: vec![new.clone()], ..Default::default() },
+            |old, all| all.endpoint_slices.push(format!("{}/{}", old.namespace, old.name)),
+        );
+        let nodes = told(
+            &self.nodes,
+            |new| api::Snapshot { nodes: vec![new.clone()], ..Default::default() },
+            |old, all| all.nodes.push(old.name.clone()),
+        );
         std::iter::once(head).chain(workloads).chain(services).chain(slices).chain(nodes)
     }
 }
 
-fn removed(
-    list: impl FnOnce(&mut api::Removed) -> &mut Vec<String>,
-    key: Option<String>,
-) -> api::Snapshot {
-    let mut removed = api::Removed::default();
-    list(&mut removed).extend(key);
-    api::Snapshot { removed: Some(removed), ..Default::default() }
+/// What is new or different as `put` says it, what is gone as `gone` names it.
+fn told<'a, T>(
+    changes: &'a [Change<'a, T>],
+    put: fn(&T) -> api::Snapshot,
+    gone: fn(&T, &mut api::Removed),
+) -> impl Iterator<Item = api::Snapshot> + 'a {
+    changes.iter().map(move |(old, new)| {
+        if let Some(new) = new {
+            return put(new);
+        }
+        let mut removed = api::Removed::default();
+        old.iter().for_each(|old| gone(old, &mut removed));
+        api::Snapshot { removed: Some(removed), ..Default::default() }
+    })
 }
 
 /// At least one part, each with the versions and, if it is not the last, `more`.

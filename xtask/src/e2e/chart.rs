@@ -17,12 +17,14 @@ pub(super) struct Chart {
 }
 
 /// What a run changes unless it is told otherwise.
-const DEFAULTS: [&str; 3] = [
+const DEFAULTS: [&str; 4] = [
     "namespace.create=true",
     // The access log is read.
     "log.format=json",
     // Agents that are replaced shall not wait for the connections that a run holds.
     "agent.drainSeconds=3",
+    // Certificates are replaced all the time, whatever else happens.
+    "svidLifetime=4m",
 ];
 
 impl Chart {

@@ -6,7 +6,8 @@ use xtask::lab::Canary;
 
 use super::chart::NAMESPACE;
 use super::expect;
-use super::kubectl::{Session, merged, until};
+use super::kubectl::{merged, until};
+use super::load::Held;
 use super::objects::{self, MESH};
 use super::report::Report;
 use super::stage::{Pod, Stage};
@@ -55,13 +56,13 @@ pub(super) fn check(stage: &Stage, report: &mut Report) {
         || {
             let pod = |namespace, name, node| stage.server(namespace, name, node);
             let others = [pod(&stage.mesh, "bystander-a", 0)?, pod(&stage.mesh, "bystander-b", 1)?];
-            bystander = Some(hold(stage, &others)?);
+            bystander = Some(Held::open(stage, &others[0], &others[1])?);
             let pods =
                 [pod(&stage.plain, "relabelled-a", 0)?, pod(&stage.plain, "relabelled-b", 1)?];
-            let held = hold(stage, &pods)?;
+            let held = Held::open(stage, &pods[0], &pods[1])?;
             label(stage, &stage.plain, Some("enabled"))?;
             relabelled(stage, true)?;
-            expect_cut(held, true)
+            held.expect_cut(true)
         },
     );
     report.check(
@@ -69,14 +70,15 @@ pub(super) fn check(stage: &Stage, report: &mut Report) {
         "a namespace whose label goes: its pods leave, not restarted, cut off, and talk",
         || {
             let pod = |name| stage.ready(&stage.plain, name);
-            let held = pod("relabelled-a").and_then(|a| hold(stage, &[a, pod("relabelled-b")?]));
+            let held = pod("relabelled-a")
+                .and_then(|client| Held::open(stage, &client, &pod("relabelled-b")?));
             label(stage, &stage.plain, None)?;
             relabelled(stage, false)?;
-            expect_cut(held?, true)
+            held?.expect_cut(true)
         },
     );
     report.check("2", "meanwhile the connections of others go on", || {
-        expect_cut(bystander.context("nothing is held")?, false)
+        bystander.context("nothing is held")?.expect_cut(false)
     });
     delete(stage, &stage.plain, &["relabelled-a", "relabelled-b"]);
     delete(stage, &stage.mesh, &["bystander-a", "bystander-b"]);
@@ -185,18 +187,6 @@ fn relabelled(stage: &Stage, in_mesh: bool) -> Result<()> {
     if in_mesh { capture.expect_tls13() } else { capture.expect_plaintext() }
 }
 
-/// A connection from the first pod to the second that is there, and goes on until it is cut.
-fn hold(stage: &Stage, [client, server]: &[Pod; 2]) -> Result<Session> {
-    stage.ask_patiently(client, server.echo(), "before")?;
-    let tool = ["hold", &server.echo().to_string()];
-    stage.kubectl.session(&client.namespace, &client.name, &tool)
-}
-
-fn expect_cut(held: Session, cut: bool) -> Result<()> {
-    let seen = held.finish()?;
-    expect(seen["cut"] == cut, || seen.to_string())
-}
-
 /// Somebody writes the configuration as it was before.
 fn overwrite_configuration(stage: &Stage) -> Result<()> {
     let node = &stage.nodes[0];
@@ -221,6 +211,9 @@ fn start_without_agents(stage: &Stage) -> Result<()> {
     let spec = || objects::pod_spec(&stage.nodes[0], &objects::server(&stage.image));
     stage.start(&stage.mesh, "waits", spec())?;
     stage.server(&stage.plain, "starts", 0)?;
+    // Of this namespace the node has never heard: it asks the API, without the agent's pod.
+    let unheard = stage.another_namespace("unheard")?;
+    stage.server(&unheard, "starts", 0)?;
     let event = until("an event on the pod that waits", || {
         let which = "involvedObject.name=waits,reason=FailedCreatePodSandBox";
         let events =

@@ -2,22 +2,16 @@
 
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
-use serde_json::Value;
+use anyhow::{Context as _, Result};
 use xtask::lab::Canary;
 
 use super::chart::NAMESPACE;
-use super::expect;
-use super::kubectl::{Session, until};
+use super::control::CONTROL;
+use super::kubectl::until;
+use super::load::{Load, Seen};
 use super::objects;
 use super::report::Report;
-use super::stage::{Capture, Pod, Stage};
-
-/// The longest that new connections may fail when an agent is replaced: what Kubernetes needs to
-/// start its pod, and not what the agent does.
-const LONGEST_GAP: Duration = Duration::from_secs(30);
-
-const CONTROL: &str = "app.kubernetes.io/component=control";
+use super::stage::{Pod, Stage};
 
 /// Checks with a client on the first node, and a server on the second.
 pub(super) fn check(stage: &Stage, report: &mut Report) {
@@ -119,50 +113,6 @@ pub(super) fn check(stage: &Stage, report: &mut Report) {
     stage
         .delete(&stage.mesh, &["loaded-client", "loaded-server", "shouter"])
         .unwrap_or_else(|error| eprintln!("{error:#}"));
-}
-
-/// Load with a canary, and a capture of it.
-struct Load {
-    session: Session,
-    capture: Capture,
-}
-
-/// What the load has seen.
-struct Seen {
-    succeeded: u64,
-    failed: u64,
-    gap: Duration,
-    text: String,
-}
-
-impl Load {
-    fn start(stage: &Stage, client: &Pod, server: &Pod) -> Result<Self> {
-        let canary = Canary::random();
-        let capture = stage.capture(&canary, &[])?;
-        Ok(Self { session: stage.load(client, server, canary.text())?, capture })
-    }
-
-    /// Ends it: nothing was in the clear, something succeeded, and this holds.
-    fn finish(self, holds: impl FnOnce(&Seen) -> bool) -> Result<String> {
-        let seen = Seen::of(&self.session.finish()?)?;
-        self.capture.expect_secret()?;
-        ensure!(seen.succeeded > 0, "no connection was made at all: {}", seen.text);
-        expect(holds(&seen), || seen.text.clone())?;
-        Ok(seen.text)
-    }
-}
-
-impl Seen {
-    fn of(seen: &Value) -> Result<Self> {
-        let count = |key: &str| seen[key].as_u64().with_context(|| seen.to_string());
-        let gap = Duration::from_millis(count("longest_gap_ms")?);
-        let failed = count("refused")? + count("broken")?;
-        Ok(Self { succeeded: count("succeeded")?, failed, gap, text: seen.to_string() })
-    }
-
-    fn is_bounded(&self) -> bool {
-        self.gap < LONGEST_GAP
-    }
 }
 
 /// The ID of a pod's first container.

@@ -3,17 +3,22 @@
 //! The cluster is the one of `KUBECONFIG`. What a run makes bears its name, and is gone when it
 //! ends, whatever happens.
 
+mod changes;
 mod chart;
+mod control;
 mod enrolment;
 mod failures;
 mod install;
 mod kinds;
 mod kubectl;
+mod load;
 mod objects;
 mod ordinary;
 mod report;
+mod rotation;
 mod services;
 mod stage;
+mod static_pods;
 mod strict;
 mod uninstall;
 mod wire;
@@ -50,13 +55,16 @@ pub(crate) struct Arguments {
 type Group = (&'static str, fn(&Stage, &mut Report));
 
 /// In this order: each leaves the cluster to the next as it found it.
-const GROUPS: [Group; 7] = [
+const GROUPS: [Group; 10] = [
     ("enrolment", enrolment::check),
     ("kinds", kinds::check),
+    ("static-pods", static_pods::check),
     ("wire", wire::check),
     ("strict", strict::check),
     ("services", services::check),
     ("ordinary", ordinary::check),
+    ("changes", changes::check),
+    ("rotation", rotation::check),
     ("failures", failures::check),
 ];
 
@@ -83,6 +91,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
             check(&stage, &mut report);
         }
     }
+    // What follows is the cleaning up.
+    kubectl::INTERRUPTED.store(false, Ordering::Relaxed);
     stage.keep_logs();
     uninstall::check(&stage, &mut report);
     drop(stage);

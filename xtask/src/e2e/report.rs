@@ -14,7 +14,15 @@ struct Line {
     section: &'static str,
     what: &'static str,
     took: Duration,
-    outcome: Result<String>,
+    outcome: Outcome,
+}
+
+enum Outcome {
+    /// With something to note, or nothing.
+    Held(String),
+    Failed(anyhow::Error),
+    /// This cluster cannot show it, and why.
+    Skipped(String),
 }
 
 impl Report {
@@ -37,33 +45,50 @@ impl Report {
     ) {
         eprintln!("...  {what}");
         let began = Instant::now();
-        let line = Line { section, what, outcome: work(), took: began.elapsed() };
+        let outcome = work().map_or_else(Outcome::Failed, Outcome::Held);
+        self.note(Line { section, what, outcome, took: began.elapsed() });
+    }
+
+    /// Says that this cluster has not what a line, and those after it, need.
+    pub(super) fn skip(&mut self, section: &'static str, what: &'static str, why: &str) {
+        let outcome = Outcome::Skipped(why.to_owned());
+        self.note(Line { section, what, outcome, took: Duration::ZERO });
+    }
+
+    fn note(&mut self, line: Line) {
         println!("{}", line.text());
         self.lines.push(line);
     }
 
     /// How many lines failed.
     pub(super) fn failures(&self) -> usize {
-        self.lines.iter().filter(|line| line.outcome.is_err()).count()
+        self.count(|outcome| matches!(outcome, Outcome::Failed(_)))
+    }
+
+    fn count(&self, which: impl Fn(&Outcome) -> bool) -> usize {
+        self.lines.iter().filter(|line| which(&line.outcome)).count()
     }
 
     /// All lines, in order.
     pub(super) fn text(&self) -> String {
         let lines: Vec<_> = self.lines.iter().map(Line::text).collect();
-        let failures = self.failures();
-        format!("{}\n{} checked, {failures} failed", lines.join("\n"), lines.len())
+        let skipped = self.count(|outcome| matches!(outcome, Outcome::Skipped(_)));
+        let checked = lines.len() - skipped;
+        let failed = self.failures();
+        format!("{}\n{checked} checked, {failed} failed, {skipped} skipped", lines.join("\n"))
     }
 }
 
 impl Line {
     fn text(&self) -> String {
         let (verdict, note) = match &self.outcome {
-            Ok(note) => ("ok    ", note.clone()),
-            Err(error) => ("FAILED", format!("{error:#}")),
+            Outcome::Held(note) => ("ok     ", note.clone()),
+            Outcome::Failed(error) => ("FAILED ", format!("{error:#}")),
+            Outcome::Skipped(why) => ("SKIPPED", why.clone()),
         };
         let Self { section, what, took, .. } = self;
         let note = if note.is_empty() { note } else { format!(": {note}") };
-        format!("{section}  {verdict}  {what} ({:.1} s){note}", took.as_secs_f64())
+        format!("{section}  {verdict} {what} ({:.1} s){note}", took.as_secs_f64())
     }
 }
 
@@ -77,9 +102,11 @@ mod tests {
         report.check("2", "one", || Ok(()));
         report.check("3", "two", || anyhow::bail!("no"));
         report.measure("4", "three", || Ok("7 ms".to_owned()));
+        report.skip("5", "four", "there is no moon");
         assert_eq!(report.failures(), 1);
         let text = report.text();
         assert!(text.contains("2  ok      one (0.0 s)\n3  FAILED  two (0.0 s): no\n"), "{text}");
-        assert!(text.ends_with("4  ok      three (0.0 s): 7 ms\n3 checked, 1 failed"), "{text}");
+        let end = "5  SKIPPED four (0.0 s): there is no moon\n3 checked, 1 failed, 1 skipped";
+        assert!(text.ends_with(&format!("4  ok      three (0.0 s): 7 ms\n{end}")), "{text}");
     }
 }

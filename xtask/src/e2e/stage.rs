@@ -77,8 +77,7 @@ impl Stage {
             objects::namespace(&stage.watching, false),
         ])?;
         for namespace in [&stage.mesh, &stage.plain, &stage.watching] {
-            let account = || stage.kubectl.get(namespace, "serviceaccount", "default").map(Some);
-            until("the namespace's service account", account)?;
+            stage.usable(namespace)?;
         }
         stage.kubectl.apply(vec![objects::watchers(&stage.watching, WATCHER, &stage.image)])?;
         stage.rolled_out(&stage.watching, "daemonset/watcher").context(
@@ -86,6 +85,20 @@ impl Stage {
         )?;
         stage.untouched = stage.look_at_nodes()?;
         Ok(stage)
+    }
+
+    /// Makes a namespace outside of the mesh, and returns its name.
+    pub(super) fn another_namespace(&self, role: &str) -> Result<String> {
+        let name = format!("{}-{role}", self.plain);
+        self.kubectl.apply(vec![objects::namespace(&name, false)])?;
+        self.usable(&name)?;
+        Ok(name)
+    }
+
+    /// Waits until pods can be made in a namespace.
+    fn usable(&self, namespace: &str) -> Result<()> {
+        let account = || self.kubectl.get(namespace, "serviceaccount", "default").map(Some);
+        until("the namespace's service account", account).map(drop)
     }
 
     /// Waits until a Deployment, DaemonSet or StatefulSet is as it should be.

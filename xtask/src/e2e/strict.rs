@@ -2,15 +2,15 @@
 
 use std::net::SocketAddr;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 use xtask::lab::Canary;
 
 use super::chart::NAMESPACE;
-use super::expect;
 use super::kubectl::until;
 use super::report::Report;
 use super::stage::{Pod, Stage};
+use super::{control, expect};
 
 /// Checks a pod outside of the mesh with one inside, and permissions.
 pub(super) fn check(stage: &Stage, report: &mut Report) {
@@ -41,7 +41,8 @@ pub(super) fn check(stage: &Stage, report: &mut Report) {
     report.check("8", "its owner sees an Event that names who it was", || {
         let (inside, outside) = both.as_ref().context("there are no pods")?;
         stage.expect_refusal(outside, inside.echo(), "plaintext")?;
-        event(stage, inside, &format!("{}/{}", outside.namespace, outside.name))
+        let peer = format!("{}/{}", outside.namespace, outside.name);
+        event(stage, inside, "PlaintextRefused", &format!("refused: STRICT, plaintext from {peer}"))
     });
     report.check("4", "a pod in the mesh says nothing to a pod outside", || {
         let (inside, outside) = both.as_ref().context("there are no pods")?;
@@ -77,6 +78,18 @@ pub(super) fn check(stage: &Stage, report: &mut Report) {
         },
     );
     report.check(
+        "3",
+        "agents get no token but one of the CNI plugin's that is bound to their node",
+        || {
+            // kubectl cannot pretend to be on a node: so not even that one.
+            let node = ["--bound-object-kind=Node", "--bound-object-name", &stage.nodes[0]];
+            no_token(stage, "nodemesh-agent", &node, "cannot create")?;
+            no_token(stage, "nodemesh-control", &node, "cannot create")?;
+            no_token(stage, "nodemesh-cni", &[], "bound to their own node")?;
+            no_token(stage, "nodemesh-cni", &node, "bound to their own node")
+        },
+    );
+    report.check(
         "8",
         "`mesh-control status` shows the cluster, whichever replica is asked",
         || {
@@ -85,7 +98,7 @@ pub(super) fn check(stage: &Stage, report: &mut Report) {
         },
     );
     report.check("3", "the replicas of the control plane have one CA", || {
-        let roots: Vec<_> = control_statuses(stage)?
+        let roots: Vec<_> = control::statuses(stage)?
             .into_iter()
             .map(|(_, status)| status["ca"]["root_fingerprint"].clone())
             .collect();
@@ -96,15 +109,25 @@ pub(super) fn check(stage: &Stage, report: &mut Report) {
     stage.delete(&stage.plain, &["outside"]).unwrap_or_else(|error| eprintln!("{error:#}"));
 }
 
-/// Waits for the Event of a refusal on a pod.
-fn event(stage: &Stage, pod: &Pod, peer: &str) -> Result<()> {
-    let which = format!("involvedObject.name={},reason=PlaintextRefused", pod.name);
+/// An agent is refused a token of an account, and why.
+fn no_token(stage: &Stage, account: &str, more: &[&str], why: &str) -> Result<()> {
+    let agent = format!("--as=system:serviceaccount:{NAMESPACE}:nodemesh-agent");
+    let create = ["-n", NAMESPACE, "create", "token", account, &agent];
+    let Err(refusal) = stage.kubectl.output(&[&create, more].concat()) else {
+        bail!("an agent got a token of {account} with {more:?}");
+    };
+    let said = format!("{refusal:#}");
+    expect(said.contains(why), || said.clone())
+}
+
+/// Waits for a warning on a pod that says this.
+pub(super) fn event(stage: &Stage, pod: &Pod, reason: &str, what: &str) -> Result<()> {
+    let which = format!("involvedObject.name={},reason={reason}", pod.name);
     let which = ["-n", &pod.namespace, "--field-selector", &which];
-    until("an Event on the pod that refused", || {
+    until("an Event on the pod", || {
         let events = stage.kubectl.list("events", &which)?;
-        let expected = format!("refused: STRICT, plaintext from {peer}");
         let right = |event: &Value| {
-            event["message"] == expected
+            event["message"].as_str().is_some_and(|message| message.contains(what))
                 && event["type"] == "Warning"
                 && event["involvedObject"]["uid"] == pod.uid
                 && event["reportingComponent"] == "nodemesh.io/control"
@@ -114,26 +137,9 @@ fn event(stage: &Stage, pod: &Pod, peer: &str) -> Result<()> {
     })
 }
 
-/// What each replica says of the cluster, by the name of its pod.
-fn control_statuses(stage: &Stage) -> Result<Vec<(String, Value)>> {
-    let label = "app.kubernetes.io/component=control";
-    let pods = stage.kubectl.list("pods", &["-n", NAMESPACE, "-l", label])?;
-    let status = |pod: &Value| {
-        let name = pod["metadata"]["name"].as_str().context("no name")?;
-        // Degraded is a status as well; kubectl adds its complaint to that.
-        let exec = ["-n", NAMESPACE, "exec", name, "--", "mesh-control", "status", "--json"];
-        let text = stage.kubectl.output(&exec).unwrap_or_else(|error| format!("{error:#}"));
-        let json = text.find('{').map_or("", |at| &text[at..]);
-        let mut values = serde_json::Deserializer::from_str(json).into_iter();
-        let status = values.next().with_context(|| text.clone())?.with_context(|| text.clone())?;
-        Ok((name.to_owned(), status))
-    };
-    pods.iter().map(status).collect()
-}
-
 /// Each replica knows all replicas, nodes and pods.
 fn whole(stage: &Stage, inside: &Pod, outside: &Pod) -> Result<()> {
-    let statuses = control_statuses(stage)?;
+    let statuses = control::statuses(stage)?;
     expect(statuses.len() > 1, || "there is one replica".to_owned())?;
     for (name, status) in &statuses {
         let list = |key: &str| status[key].as_array().cloned().unwrap_or_default();

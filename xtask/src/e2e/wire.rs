@@ -34,11 +34,22 @@ pub(super) fn check(stage: &Stage, report: &mut Report) {
     });
     report.check("8", "both agents name both identities, and one trace", || {
         let (client, server, _) = talk.as_ref().context("they did not talk")?;
-        let outbound = access(stage, client, "outbound", client, server)?;
-        let inbound = access(stage, server, "inbound", client, server)?;
-        let trace = &outbound["trace"];
-        expect(trace.is_string() && *trace == inbound["trace"], || format!("{outbound} {inbound}"))
+        both_name(stage, "mtls", client, server)
     });
+    report.check("8", "two pods of one node talk on no wire, by both identities", || {
+        let client = with_account(stage, "near-client", "client", 0)?;
+        let server = with_account(stage, "near-server", "server", 0)?;
+        let canary = Canary::random();
+        let capture = stage.capture(&canary, &[])?;
+        let answer = stage.ask_patiently(&client, server.echo(), canary.text())?;
+        capture.expect_secret()?;
+        let peer: SocketAddr = answer["peer"].as_str().context("no peer")?.parse()?;
+        expect(peer.ip() == client.ip, || answer.to_string())?;
+        both_name(stage, "local", &client, &server)
+    });
+    stage
+        .delete(&stage.mesh, &["near-client", "near-server"])
+        .unwrap_or_else(|error| eprintln!("{error:#}"));
     report.check("8", "without the label the canary is on the wire", || {
         let (client, server) = deploy(stage, &stage.plain)?;
         let canary = Canary::random();
@@ -76,8 +87,31 @@ fn service(stage: &Stage, namespace: &str) -> Result<SocketAddr> {
     super::services::address(stage, namespace, "server")
 }
 
+/// A pod in the mesh with one of the service accounts.
+fn with_account(stage: &Stage, name: &str, account: &str, node: usize) -> Result<Pod> {
+    let mut spec = objects::pod_spec(&stage.nodes[node], &objects::server(&stage.image));
+    spec["serviceAccountName"] = json!(account);
+    stage.start(&stage.mesh, name, spec)?;
+    stage.ready(&stage.mesh, name)
+}
+
+/// The agents of both pods know of their connection, by one trace.
+fn both_name(stage: &Stage, kind: &str, client: &Pod, server: &Pod) -> Result<()> {
+    let outbound = access(stage, kind, client, "outbound", client, server)?;
+    let inbound = access(stage, kind, server, "inbound", client, server)?;
+    let trace = &outbound["trace"];
+    expect(trace.is_string() && *trace == inbound["trace"], || format!("{outbound} {inbound}"))
+}
+
 /// The line of a pod's agent about a connection from client to server.
-fn access(stage: &Stage, of: &Pod, direction: &str, client: &Pod, server: &Pod) -> Result<Value> {
+fn access(
+    stage: &Stage,
+    kind: &str,
+    of: &Pod,
+    direction: &str,
+    client: &Pod,
+    server: &Pod,
+) -> Result<Value> {
     let identity = |account| format!("/ns/{}/sa/{account}", stage.mesh);
     let is_of = |line: &Value, key: &str, suffix: &str| {
         line[key].as_str().is_some_and(|value| value.ends_with(suffix))
@@ -90,7 +124,7 @@ fn access(stage: &Stage, of: &Pod, direction: &str, client: &Pod, server: &Pod) 
                 && line["server_uid"] == server.uid.as_str()
         };
         let line = lines.iter().rfind(of_pods).context("no line of it")?;
-        let right = line["kind"] == "mtls"
+        let right = line["kind"] == kind
             && is_of(line, "client_id", &identity("client"))
             && is_of(line, "server_id", &identity("server"));
         expect(right, || line.to_string())?;

@@ -13,9 +13,11 @@ pub struct Canary {
 }
 
 impl Canary {
-    /// A new one.
+    /// A new one. It begins like no TLS record: an agent answers those, if only with an alert.
     pub fn random() -> Self {
-        Self::from(rand::random::<[u8; 32]>())
+        let mut bytes = rand::random::<[u8; 32]>();
+        bytes[0] |= 0x80;
+        Self::from(bytes)
     }
 
     /// As bytes.
@@ -59,6 +61,11 @@ impl FromStr for Canary {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn none_is_taken_for_tls() {
+        assert!((0..10_000).all(|_| Canary::random().bytes()[0] > 24));
+    }
 
     #[test]
     fn a_canary_is_known_by_its_text() {

@@ -42,7 +42,7 @@ pub use canary::Canary;
 pub use capture::{Capture, Recording};
 pub use control::Control;
 pub use load::Load;
-pub use mesh::Mesh;
+pub use mesh::{Mesh, socket_guard};
 pub use netns::Netns;
 pub use process::Process;
 pub use topology::{Node, Pod};

@@ -66,6 +66,8 @@ pub(crate) enum Command {
     Look { paths: Vec<PathBuf> },
     /// Write one of the node's files.
     Write { path: PathBuf, text: String },
+    /// Remove one of the node's files, if it is there.
+    Remove { path: PathBuf },
     /// Print the names of the tcx programs of every network namespace of the node.
     Tcx,
 }
@@ -83,6 +85,7 @@ pub(crate) fn run(command: Command) -> Result<()> {
         Command::Kill { names } => node::kill(&names),
         Command::Look { paths } => node::look(&paths),
         Command::Write { path, text } => node::write(&path, &text),
+        Command::Remove { path } => node::remove(&path),
         Command::Tcx => node::tcx(),
     }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
@@ -60,6 +61,14 @@ pub(super) fn look(paths: &[PathBuf]) -> Result<()> {
 /// Writes one of the node's files, as somebody who does not know the mesh.
 pub(super) fn write(path: &Path, text: &str) -> Result<()> {
     fs::write(on_host(path), text).with_context(|| format!("writing {}", path.display()))
+}
+
+/// Removes one of the node's files.
+pub(super) fn remove(path: &Path) -> Result<()> {
+    match fs::remove_file(on_host(path)) {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        done => done.with_context(|| format!("removing {}", path.display())),
+    }
 }
 
 fn on_host(path: &Path) -> PathBuf {

@@ -3,6 +3,7 @@
 mod access;
 mod files;
 mod network;
+mod token;
 mod turn;
 mod watch;
 
@@ -10,13 +11,14 @@ use std::{
     fs, io,
     os::unix::fs::DirBuilderExt as _,
     path::{Path, PathBuf},
+    time::SystemTime,
 };
 
 use clap::Args;
 use serde_json::Value;
 
 pub use self::network::NetworkError;
-use self::{access::Account, files::Files, turn::Turn};
+use self::{access::Account, files::Files, token::Tokens, turn::Turn};
 use super::{PLUGIN_NAME, durable, protocol::Settings};
 use crate::config::DEFAULT_ADMIN_SOCKET;
 
@@ -68,6 +70,18 @@ pub enum InstallError {
     /// Nothing says where the API is.
     #[error("the address of the Kubernetes API is not known: set --api-server https://HOST:PORT")]
     NoServer,
+    /// The API cannot be asked for a token.
+    #[error("cannot use the service account of this pod: {0}")]
+    Client(String),
+    /// There is no token for the plugin.
+    #[error(
+        "no token of the service account nodemesh-cni for the plugin: {0}. The chart makes the \
+         account, and lets mesh-agent ask for tokens that are bound to its own node"
+    )]
+    Token(#[source] Box<kube::Error>),
+    /// There is none yet.
+    #[error("the Kubernetes API did not answer with a token for the plugin")]
+    NoAnswer,
     /// Nothing could end the program.
     #[error("cannot wait for signals: {0}")]
     Signals(#[source] io::Error),
@@ -126,9 +140,12 @@ pub struct Installation {
     /// The Kubernetes API, as the node sees it [default: that of the pod's environment]
     #[arg(long, value_name = "URL")]
     api_server: Option<String>,
-    /// The credentials that the plugin gets, and the namespace of nodemesh
+    /// The credentials of this pod, and the namespace of nodemesh
     #[arg(long, value_name = "DIR", default_value = DEFAULT_SERVICE_ACCOUNT)]
     service_account: PathBuf,
+    /// Give the plugin a token that is bound to this Node, not the one of this pod
+    #[arg(long, value_name = "NAME")]
+    node: Option<String>,
     /// Go on: put back what something overwrites or removes, and renew the credentials
     #[arg(long)]
     watch: bool,
@@ -215,23 +232,35 @@ impl Installation {
     /// [`InstallError`]. A network configuration that cannot be changed is left as it is.
     pub async fn install(&self) -> Result<(), InstallError> {
         if self.watch {
-            watch::keep(self).await
-        } else {
-            self.apply(&mut Turn::take(&self.places.bin_dir)?)
+            return watch::keep(self).await;
         }
+        let token = self.token(&mut Tokens::default()).await?;
+        self.apply(&mut Turn::take(&self.places.bin_dir)?, Some(&token))
+    }
+
+    /// What the plugin is to show to the API.
+    async fn token(&self, tokens: &mut Tokens) -> Result<String, InstallError> {
+        let account = Account(&self.service_account);
+        let Some(node) = &self.node else { return account.token() };
+        let client = async || account.client(&self.server()?).await;
+        tokens.of_node(client, &account.namespace()?, node, SystemTime::now()).await
     }
 
     /// Makes everything what it should be. The network configuration comes last: whoever is named
-    /// there must be able to run.
-    fn apply(&self, turn: &mut Turn) -> Result<(), InstallError> {
+    /// there must be able to run. Without a new `token` the plugin keeps the one it has.
+    fn apply(&self, turn: &mut Turn, token: Option<&str>) -> Result<(), InstallError> {
         turn.copy_binary(&self.places.binary())?;
         let directory = &self.places.state_dir;
         let mut builder = fs::DirBuilder::new();
         builder.recursive(true).mode(0o700).create(directory).map_err(failed(directory))?;
         let account = Account(&self.service_account);
         let kubeconfig = self.places.kubeconfig();
-        if account.write_kubeconfig(&self.server()?, &kubeconfig)? {
-            tracing::info!(kubeconfig = %kubeconfig.display(), "the plugin has new credentials");
+        if let Some(token) = token {
+            if account.write_kubeconfig(&self.server()?, token, &kubeconfig)? {
+                tracing::info!(kubeconfig = %kubeconfig.display(), "the plugin has new credentials");
+            }
+        } else if !kubeconfig.exists() {
+            return Ok(());
         }
         let settings = Settings {
             admin_socket: self.admin_socket.clone(),

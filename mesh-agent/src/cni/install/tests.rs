@@ -32,6 +32,7 @@ impl Node {
             admin_socket: "/run/agent.sock".into(),
             api_server: Some("https://192.0.2.1:6443".to_owned()),
             service_account: path("account"),
+            node: None,
             watch: false,
         };
         let node = Self { root, installation };
@@ -303,6 +304,29 @@ async fn nobody_uninstalls_what_is_being_kept() {
     assert_eq!(node.read("10-a.conflist"), installed);
     keeping.end().await;
     node.uninstall();
+}
+
+#[tokio::test]
+async fn without_an_answer_the_plugin_keeps_its_token_and_its_place() {
+    let mut node = Node::new(&[("10-a.conflist", LIST)]);
+    let turn = || Turn::take(&node.installation.places.bin_dir).unwrap();
+    node.installation.apply(&mut turn(), None).unwrap();
+    assert_eq!(node.read("10-a.conflist"), LIST, "nobody is named who cannot ask");
+
+    node.installation.apply(&mut turn(), Some("bound to the node")).unwrap();
+    node.write("10-a.conflist", LIST);
+    node.installation.apply(&mut turn(), None).unwrap();
+    assert_eq!(node.plugins("10-a.conflist"), ["ptp", PLUGIN_NAME]);
+    assert_eq!(node.kubeconfig()["users"][0]["user"]["token"], "bound to the node");
+
+    // The pod's own token is not for the plugin then.
+    node.installation.node = Some("n1".to_owned());
+    node.installation.api_server = Some("https://127.0.0.1:1".to_owned());
+    let root = rcgen::generate_simple_self_signed(Vec::new()).unwrap().cert.pem();
+    fs::write(node.root.path().join("account/ca.crt"), root).unwrap();
+    let error = node.install().await.unwrap_err().to_string();
+    assert!(error.contains("nodemesh-cni"), "{error}");
+    assert_eq!(node.kubeconfig()["users"][0]["user"]["token"], "bound to the node");
 }
 
 /// As the kubelet does it: `token` is a link through `..data`, which is replaced by renaming.

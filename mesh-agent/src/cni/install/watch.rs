@@ -10,7 +10,7 @@ use notify::{
 };
 use tokio::sync::Notify;
 
-use super::{InstallError, Installation, turn::Turn};
+use super::{InstallError, Installation, token::Tokens, turn::Turn};
 
 /// When what failed is tried again, if nothing else happens.
 const RETRY: Duration = Duration::from_secs(5);
@@ -26,12 +26,14 @@ pub(super) async fn keep(installation: &Installation) -> Result<(), InstallError
     let touched = Arc::new(Notify::new());
     let mut watcher = None;
     let mut turn = None;
+    let mut tokens = Tokens::default();
     let mut problem = None;
     loop {
         // First: what changes from here on is an event.
         let watched = watch(&mut watcher, &touched, installation);
-        let applied = apply(&mut turn, installation);
-        let said = applied.and(watched).err().map(|error| error.to_string());
+        let token = installation.token(&mut tokens).await;
+        let applied = apply(&mut turn, installation, token.as_deref().ok());
+        let said = token.and(applied).and(watched).err().map(|error| error.to_string());
         match (&problem, &said) {
             (before, Some(said)) if before.as_ref() != Some(said) => {
                 tracing::warn!("the plugin is not installed as it should be: {said}");
@@ -50,12 +52,16 @@ pub(super) async fn keep(installation: &Installation) -> Result<(), InstallError
 }
 
 /// The turn is kept: what must not happen between two rounds is an uninstallation.
-fn apply(turn: &mut Option<Turn>, installation: &Installation) -> Result<(), InstallError> {
+fn apply(
+    turn: &mut Option<Turn>,
+    installation: &Installation,
+    token: Option<&str>,
+) -> Result<(), InstallError> {
     let turn = match turn {
         Some(turn) => turn,
         none => none.insert(Turn::take(&installation.places.bin_dir)?),
     };
-    installation.apply(turn)
+    installation.apply(turn, token)
 }
 
 /// Each time: if a directory was replaced, the watch so far is of the old one.

@@ -34,7 +34,10 @@ use rcgen::{
 };
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio::{
-    io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf, copy_bidirectional, duplex},
+    io::{
+        AsyncRead, AsyncWrite, AsyncWriteExt as _, DuplexStream, ReadBuf, ReadHalf, WriteHalf,
+        copy, duplex, split,
+    },
     sync::watch,
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
@@ -389,13 +392,13 @@ impl Fake {
         if refused {
             return Err(io::ErrorKind::ConnectionRefused.into());
         }
-        let (ours, mut cable) = duplex(64 << 10);
-        let (mut far_cable, theirs) = duplex(64 << 10);
+        let (ours, cable) = duplex(64 << 10);
+        let (far_cable, theirs) = duplex(64 << 10);
         let mut frozen = self.0.frozen.subscribe();
         let relay = tokio::spawn(async move {
             let freezing = async { frozen.wait_for(|frozen| *frozen).await.map(drop) };
             tokio::select! {
-                _ = copy_bidirectional(&mut cable, &mut far_cable) => {}
+                () = carry(cable, far_cable) => {}
                 _ = freezing => std::future::pending().await,
             }
         });
@@ -573,6 +576,17 @@ impl ControlPlane for Fake {
             None => Ok(Response::new(api::ReportResponse {})),
         }
     }
+}
+
+/// Moves bytes both ways. Who has hung up is heard to the end.
+async fn carry(near: DuplexStream, far: DuplexStream) {
+    let (near, far) = (split(near), split(far));
+    let one_way = async |mut from: ReadHalf<DuplexStream>, mut to: WriteHalf<DuplexStream>| {
+        // It fails only if one end is gone.
+        copy(&mut from, &mut to).await.ok();
+        to.shutdown().await.ok();
+    };
+    tokio::join!(one_way(near.0, far.1), one_way(far.0, near.1));
 }
 
 fn bundle(roots: &[CertificateDer<'static>]) -> api::TrustBundle {

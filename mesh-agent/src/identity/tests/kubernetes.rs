@@ -120,6 +120,29 @@ async fn an_agent_that_missed_the_new_root_finds_it_in_the_bundle() {
     connected(&identity).await;
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_node_whose_root_is_trusted_no_more_joins_anew() {
+    let bench = bench();
+    let identity = start(&bench);
+    connected(&identity).await;
+    let (old, new) = (bench.fake.authority(), Arc::new(Authority::new("new")));
+    let version = bench.fake.trust(&[old.root(), new.root()]);
+    assert_eq!(bench.fake.answer_to(version).await, Ok(()));
+    write_roots(&bench, &[&old, &new]);
+
+    bench.fake.set_reachable(false);
+    disconnected(&identity).await;
+    bench.fake.sign_with(&new);
+    bench.fake.trust(&[new.root()]);
+    bench.fake.set_reachable(true);
+    // It trusts the control plane, but the control plane does not trust its certificate, which is
+    // valid for long.
+    let mut status = identity.status();
+    let joined = timeout(DEADLINE, status.wait_for(|_| bench.fake.joins() == 2)).await.is_ok();
+    assert!(joined, "{:?}", identity.status().borrow().last_error);
+    connected(&identity).await;
+}
+
 /// On a clock that stands still while something is busy.
 #[tokio::test(start_paused = true)]
 async fn a_control_plane_that_refuses_what_it_issues_is_not_asked_without_end() {

@@ -51,15 +51,18 @@ containers:
       - {name: cgroup, mountPath: /host/cgroup, readOnly: true}
       # Namespaces that the container runtime makes later must be seen.
       - {name: netns, mountPath: /run/netns, mountPropagation: HostToContainer}
-  # Keeps the CNI plugin on the node. It gives the plugin its own token, the one that every pod of
-  # this service account has: the API server takes it until the pod is gone.
+  # Keeps the CNI plugin on the node, and asks for its token.
   - name: cni
     {{- include "nodemesh.image" (dict "root" . "program" "mesh-agent") | nindent 4 }}
     args:
       - cni-install
       - --watch
+      - --node=$(NODE_NAME)
       - --bin-dir={{ .Values.cni.binDir }}
       - --conf-dir={{ .Values.cni.confDir }}
+    env:
+      - name: NODE_NAME
+        valueFrom: {fieldRef: {fieldPath: spec.nodeName}}
     resources:
       requests: {cpu: 5m, memory: 16Mi}
     securityContext:

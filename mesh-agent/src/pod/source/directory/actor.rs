@@ -1,11 +1,14 @@
 //! The task behind [`DirectorySource`](super::DirectorySource): one round per event, each of which
-//! compares everything that is there with everything that was reported.
+//! compares everything that is there with everything that was reported. Only what the event is about
+//! is read: with a thousand pods, reading the rest would take longer than an enrolment.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fs,
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
-    sync::Arc,
+    slice,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -22,10 +25,10 @@ use tokio::{
 use tracing::warn;
 
 use super::{
-    super::{Ack, PodEvent, PodSpec},
+    super::{Ack, PodEvent},
     Command, Problems, Reply, Request,
-    files::{self, FileState, Files, PodFile},
-    namespace::{self, MountTable},
+    files::{self, Contents, FileState, Files, PodFile},
+    namespace::{self, MountTable, NamespaceId},
     plan::{self, Change, Pods},
 };
 use crate::config::Udp;
@@ -45,10 +48,14 @@ pub(super) struct Actor {
     problems: watch::Sender<Problems>,
     events: mpsc::Sender<PodEvent>,
     watcher: notify::RecommendedWatcher,
-    /// Something may have changed in the directory.
-    touched: Arc<Notify>,
+    touched: Arc<Touched>,
     mounts: MountTable,
+    /// The directory that `contents` are of.
+    read: Option<DirectoryId>,
+    contents: Contents,
     files: Files,
+    /// What is mounted where, since the mount table last changed.
+    mounted: HashMap<PathBuf, Result<NamespaceId, String>>,
     /// What was reported as wanted, and not as unwanted since.
     reported: Pods,
     /// Why enrolments failed, by UID.
@@ -58,6 +65,58 @@ pub(super) struct Actor {
     in_flight: HashMap<String, ChangeNumber>,
     answers: FuturesUnordered<BoxFuture<'static, Answer>>,
     waiting: HashMap<ChangeNumber, Vec<Waiting>>,
+}
+
+/// Device and inode number.
+type DirectoryId = (u64, u64);
+
+/// What may have changed in the directory.
+#[derive(Debug, Default)]
+struct Touched {
+    names: Mutex<Names>,
+    notify: Notify,
+}
+
+/// Of files that may have changed.
+#[derive(Debug, Default)]
+enum Names {
+    /// All there are.
+    #[default]
+    All,
+    These(BTreeSet<String>),
+}
+
+impl Touched {
+    /// Pod files may have changed; or, if a path names no file of the directory, all of them.
+    fn touch(&self, paths: &[PathBuf], directory: &Path) {
+        let mut names = self.names();
+        for path in paths {
+            let file = path.file_name().and_then(|name| name.to_str());
+            match (&mut *names, file.filter(|_| path.parent() == Some(directory))) {
+                (Names::These(names), Some(file)) if files::is_pod_file(file) => {
+                    names.insert(file.to_owned());
+                }
+                (_, Some(_)) => {}
+                (names, None) => *names = Names::All,
+            }
+        }
+        drop(names);
+        self.notify.notify_one();
+    }
+
+    fn touch_all(&self) {
+        *self.names() = Names::All;
+        self.notify.notify_one();
+    }
+
+    fn take(&self) -> Names {
+        std::mem::replace(&mut *self.names(), Names::These(BTreeSet::new()))
+    }
+
+    fn names(&self) -> MutexGuard<'_, Names> {
+        // Nothing is left half done by a panic.
+        self.names.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// How a change ended.
@@ -83,12 +142,14 @@ impl Actor {
     ) -> anyhow::Result<Self> {
         fs::create_dir_all(&directory)
             .with_context(|| format!("cannot create pods_dir {}", directory.display()))?;
-        let touched = Arc::new(Notify::new());
-        let touch = Arc::clone(&touched);
+        let touched = Arc::<Touched>::default();
+        let (touch, of) = (Arc::clone(&touched), directory.clone());
         let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
-            // Our own reading is an event too.
-            if !event.is_ok_and(|event| is_reading(event.kind)) {
-                touch.notify_one();
+            match event {
+                // Our own reading is an event too.
+                Ok(event) if is_reading(event.kind) => {}
+                Ok(event) if !event.need_rescan() => touch.touch(&event.paths, &of),
+                Ok(_) | Err(_) => touch.touch_all(),
             }
         })
         .context("cannot watch pods_dir: inotify")?;
@@ -101,7 +162,10 @@ impl Actor {
             watcher,
             touched,
             mounts,
+            read: None,
+            contents: Contents::new(),
             files: Files::new(),
+            mounted: HashMap::new(),
             reported: Pods::new(),
             refused: BTreeMap::new(),
             last_change: 0,
@@ -121,9 +185,10 @@ impl Actor {
             let failing = !self.problems.borrow().is_empty();
             tokio::select! {
                 () = self.events.closed() => return Ok(()),
-                () = self.touched.notified() => self.round(&nothing).await,
+                () = self.touched.notify.notified() => self.round(&nothing).await,
                 changed = self.mounts.changed() => {
                     changed.context("cannot watch /proc/self/mountinfo")?;
+                    self.mounted.clear();
                     self.round(&nothing).await;
                 }
                 Some((request, reply)) = commands.recv() => self.serve(request, reply).await,
@@ -133,18 +198,21 @@ impl Actor {
                 }
                 _ = retry.tick(), if failing => {
                     let again = self.refused.keys().cloned().collect();
+                    self.read = None;
+                    self.mounted.clear();
                     self.round(&again).await;
                 }
             }
         }
     }
 
-    /// Reads everything and reports what is different, and again the pods in `again`.
+    /// Reads what has changed and reports what is different, and again the pods in `again`.
     async fn round(&mut self, again: &BTreeSet<String>) {
         let mut problems = Problems::new();
         match self.read_files() {
-            Ok(now) => self.files = files::update(&self.files, now),
+            Ok(()) => self.files = files::update(&self.files, self.contents.clone()),
             Err(error) => {
+                self.read = None;
                 let error = format!("cannot read {}: {error}", self.directory.display());
                 problems.insert(DIRECTORY.to_owned(), error);
             }
@@ -155,12 +223,13 @@ impl Actor {
             let mut problem = file.problem.clone();
             if let Some(spec) = &file.spec {
                 declared.insert(spec.uid.clone());
-                match namespace::mounted_at(&spec.netns) {
+                let found = self.mounted.entry(spec.netns.clone());
+                match found.or_insert_with(|| namespace::mounted_at(&spec.netns)) {
                     Ok(namespace) => {
-                        let pod = plan::Pod { spec: spec.clone(), namespace };
+                        let pod = plan::Pod { spec: spec.clone(), namespace: *namespace };
                         wanted.insert(spec.uid.clone(), pod);
                     }
-                    Err(missing) => problem = problem.or(Some(missing)),
+                    Err(missing) => problem = problem.or(Some(missing.clone())),
                 }
                 problem = problem.or_else(|| self.refused.get(&spec.uid).cloned());
             }
@@ -172,10 +241,31 @@ impl Actor {
         self.publish(problems);
     }
 
-    fn read_files(&mut self) -> anyhow::Result<BTreeMap<String, Result<PodSpec, String>>> {
+    fn read_files(&mut self) -> anyhow::Result<()> {
         // Each time: if the directory was replaced, the watch so far is of the old one.
         self.watcher.watch(&self.directory, notify::RecursiveMode::NonRecursive)?;
-        Ok(files::read_all(&self.directory, self.default_udp)?)
+        let found = fs::metadata(&self.directory)?;
+        let found = Some((found.dev(), found.ino()));
+        let names = match self.touched.take() {
+            Names::These(names) if self.read == found => names,
+            Names::These(_) | Names::All => {
+                self.contents.clear();
+                files::names(&self.directory)?
+            }
+        };
+        for name in names {
+            let Some(content) = files::load(&self.directory.join(&name), self.default_udp) else {
+                self.contents.remove(&name);
+                continue;
+            };
+            // It may be of a pod that has come to the path of another one.
+            if let Ok(spec) = &content {
+                self.mounted.remove(&spec.netns);
+            }
+            self.contents.insert(name, content);
+        }
+        self.read = found;
+        Ok(())
     }
 
     fn publish(&self, problems: Problems) {
@@ -258,7 +348,8 @@ impl Actor {
             Ok(created) => created,
             Err(error) => return drop(reply.send(Err(error))),
         };
-        // Reported even if it is what it was: the answer is to be true now.
+        // Looked at anew, and reported even if it is what it was: the answer is to be true now.
+        self.mounted.remove(&file.netns);
         self.round(&BTreeSet::from([file.uid.clone()])).await;
         let wanted = self.reported.get(&file.uid).is_some_and(|pod| pod.spec.netns == file.netns);
         if let Some(change) = self.in_flight.get(&file.uid).filter(|_| wanted) {
@@ -313,6 +404,8 @@ impl Actor {
                 let path = self.directory.join(&name);
                 files::write(&path, file)
                     .map_err(|error| format!("cannot write {}: {error}", path.display()))?;
+                // Not only when inotify tells.
+                self.touched.touch(slice::from_ref(&path), &self.directory);
                 let mut waiting = self.waiting.values().flatten();
                 let is_new = waiting.any(|waiting| waiting.created.as_ref() == Some(&path));
                 Ok((is_new || owner.is_none()).then_some(path))
@@ -328,6 +421,7 @@ impl Actor {
         let path = self.directory.join(name);
         fs::remove_file(&path)
             .map_err(|error| format!("cannot remove {}: {error}", path.display()))?;
+        self.touched.touch(slice::from_ref(&path), &self.directory);
         Ok(name.to_owned())
     }
 

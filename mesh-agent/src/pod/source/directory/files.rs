@@ -1,7 +1,7 @@
 //! Pod files: reading all of a directory, writing one.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs, io,
     io::{Read as _, Write as _},
     os::unix::fs::PermissionsExt as _,
@@ -56,9 +56,12 @@ pub(super) struct FileState {
 /// Every pod file by name.
 pub(super) type Files = BTreeMap<String, FileState>;
 
+/// What each pod file of the directory holds at present.
+pub(super) type Contents = BTreeMap<String, Result<PodSpec, String>>;
+
 /// Takes in what a directory holds now: an invalid file keeps the pod it had, and a UID belongs to
 /// the file that had it first.
-pub(super) fn update(before: &Files, now: BTreeMap<String, Result<PodSpec, String>>) -> Files {
+pub(super) fn update(before: &Files, now: Contents) -> Files {
     let keeps_its_uid = |(name, found): &(String, Result<PodSpec, String>)| {
         let old = before.get(name).and_then(|file| file.spec.as_ref());
         found.as_ref().map_or(true, |new| old.is_some_and(|old| old.uid == new.uid))
@@ -88,32 +91,30 @@ pub(super) fn update(before: &Files, now: BTreeMap<String, Result<PodSpec, Strin
     files
 }
 
-/// Reads every pod file. Names that begin with a dot are left alone.
-pub(super) fn read_all(
-    directory: &Path,
-    default_udp: Udp,
-) -> io::Result<BTreeMap<String, Result<PodSpec, String>>> {
-    let mut found = BTreeMap::new();
+/// Whether a file of this name is a pod file. Names that begin with a dot are left alone.
+pub(super) fn is_pod_file(name: &str) -> bool {
+    name.ends_with(SUFFIX) && !name.starts_with('.')
+}
+
+/// The names of all pod files.
+pub(super) fn names(directory: &Path) -> io::Result<BTreeSet<String>> {
+    let mut names = BTreeSet::new();
     for entry in fs::read_dir(directory)? {
-        let path = entry?.path();
-        let Some(name) = path.file_name().and_then(|name| name.to_str()) else { continue };
-        if name.ends_with(SUFFIX) && !name.starts_with('.') {
-            match read(&path) {
-                // Removed since it was listed.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => {
-                    found.insert(name.to_owned(), Err(error.to_string()));
-                }
-                Ok(text) => {
-                    let spec = parse_yaml::<PodFile>(&text)
-                        .map_err(|error| error.to_string())
-                        .and_then(|file| file.check(default_udp));
-                    found.insert(name.to_owned(), spec);
-                }
-            }
+        names.extend(entry?.file_name().into_string().ok().filter(|name| is_pod_file(name)));
+    }
+    Ok(names)
+}
+
+/// Reads a pod file; `None` if there is none.
+pub(super) fn load(path: &Path, default_udp: Udp) -> Option<Result<PodSpec, String>> {
+    match read(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        Err(error) => Some(Err(error.to_string())),
+        Ok(text) => {
+            let file = parse_yaml::<PodFile>(&text).map_err(|error| error.to_string());
+            Some(file.and_then(|file| file.check(default_udp)))
         }
     }
-    Ok(found)
 }
 
 fn read(path: &Path) -> io::Result<String> {
@@ -156,7 +157,7 @@ mod tests {
     }
 
     /// Files by name, each with its UID or a problem.
-    fn found(files: &[(&str, Option<&str>)]) -> BTreeMap<String, Result<PodSpec, String>> {
+    fn found(files: &[(&str, Option<&str>)]) -> Contents {
         files
             .iter()
             .map(|(name, uid)| ((*name).to_owned(), uid.map(spec).ok_or("broken".to_owned())))

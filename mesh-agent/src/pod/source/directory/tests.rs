@@ -363,3 +363,23 @@ async fn a_directory_that_cannot_be_read_keeps_its_pods() {
     fixture.declare("two.yaml", "u2");
     assert_eq!(source.enrolled().await.uid, "u2");
 }
+
+/// With a thousand pods, reading all files for each would take longer than anything else. One that is
+/// changed behind the directory is a file that only who reads everything sees as it is.
+#[tokio::test]
+async fn only_what_was_touched_is_read_again() {
+    let fixture = Fixture::new();
+    fixture.declare("one.yaml", "u1");
+    let mut source = fixture.start();
+    source.enrolled().await;
+    source.synced().await;
+    // Changed through another name, of which inotify does not tell.
+    let elsewhere = fixture.root.path().join("elsewhere.yaml");
+    fs::hard_link(fixture.file("one.yaml"), &elsewhere).unwrap();
+    fs::write(&elsewhere, "not a pod file").unwrap();
+    fixture.declare("two.yaml", "u2");
+    assert_eq!(source.enrolled().await.uid, "u2");
+    source.no_problem().await;
+    fs::write(fixture.file("one.yaml"), "not a pod file").unwrap();
+    source.problem("one.yaml").await;
+}
