@@ -35,8 +35,7 @@ enum Verb {
         /// Run only laboratory tests, those whose name contains this.
         #[arg(long, value_name = "NAME", num_args = 0..=1, default_missing_value = "")]
         lab: Option<String>,
-        /// Run laboratory tests on the distribution's kernel, in a virtual machine. See
-        /// docs/operations.md.
+        /// Run laboratory tests on the distribution's kernel, in an emulated machine.
         #[arg(long)]
         vm: bool,
         /// How many tests run at a time.

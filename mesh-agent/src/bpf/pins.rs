@@ -121,11 +121,7 @@ impl Pins {
 
     /// Removes every pin, of every version, and with them whatever is attached.
     pub(super) fn remove_all(bpffs: &Path) -> Result<(), BpfError> {
-        let base = bpffs.join("nodemesh");
-        match fs::remove_dir_all(&base) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(BpfError::io(base)(error)),
-            Ok(()) | Err(_) => Ok(()),
-        }
+        remove_directory(&bpffs.join("nodemesh"))
     }
 
     /// Removes the pins of other versions, and with them whatever is attached.
@@ -133,7 +129,7 @@ impl Pins {
         let entries = fs::read_dir(&self.base).map_err(BpfError::io(&self.base))?;
         for version in entries.flatten().map(|entry| entry.path()) {
             if version != self.root {
-                fs::remove_dir_all(&version).map_err(BpfError::io(&version))?;
+                remove_directory(&version)?;
                 tracing::info!(path = %version.display(), "removed the pins of another version");
             }
         }
@@ -166,6 +162,19 @@ pub(super) fn remove(path: &Path) -> Result<(), BpfError> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(BpfError::io(path)(error)),
         Ok(()) | Err(_) => Ok(()),
     }
+}
+
+/// Removes a directory of pins, if there is one, and detaches the links that they hold.
+pub(super) fn remove_directory(path: &Path) -> Result<(), BpfError> {
+    if !path.exists() {
+        return Ok(());
+    }
+    for entry in fs::read_dir(path).map_err(BpfError::io(path))?.flatten() {
+        let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());
+        let remove = if is_directory { remove_directory } else { remove };
+        remove(&entry.path())?;
+    }
+    fs::remove_dir(path).map_err(BpfError::io(path))
 }
 
 /// Detaches a pinned link at once. If that fails, the kernel will do it after its pin is gone.

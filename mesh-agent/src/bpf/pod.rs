@@ -142,7 +142,7 @@ impl Datapath {
     }
 
     /// Takes the guards from a pod's devices where pins do not hold them, which [`Self::release`]
-    /// removes. Call in the pod's network namespace, after [`unguard_peers`].
+    /// removes. Call in the pod's network namespace, after [`Self::unguard_peers`].
     ///
     /// # Errors
     ///
@@ -233,16 +233,7 @@ impl Datapath {
         for pin in self.guard_pins(cookie, Guard::Peer) {
             pins::remove(&pin)?;
         }
-        let directory = self.pins.pod(cookie);
-        for pin in fs::read_dir(&directory).into_iter().flatten().flatten() {
-            pins::remove(&pin.path())?;
-        }
-        match fs::remove_dir_all(&directory) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                Err(BpfError::io(directory)(error))
-            }
-            Ok(()) | Err(_) => Ok(()),
-        }
+        pins::remove_directory(&self.pins.pod(cookie))
     }
 }
 

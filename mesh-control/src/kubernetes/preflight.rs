@@ -15,8 +15,11 @@ use serde::de::DeserializeOwned;
 /// The first version of Kubernetes whose service account tokens name their node.
 const FIRST_KUBERNETES: (u32, u32) = (1, 33);
 
-/// The first kernel on which every program of the agent loads: see its `bpf/probe.rs`.
-const FIRST_KERNEL: (u32, u32) = (6, 12);
+/// The first kernel that the agent runs on: see its `bpf/probe.rs`.
+const FIRST_KERNEL: (u32, u32) = (6, 1);
+
+/// The first kernel that has every layer of the guard.
+const FULL_GUARD: (u32, u32) = (6, 12);
 
 /// The first containerd that tells CNI plugins the UID of a pod.
 const FIRST_CONTAINERD: (u32, u32) = (1, 6);
@@ -265,6 +268,12 @@ fn judge_node(node: &NodeFacts) -> Finding {
             "node {name}: {runtime} does not tell CNI plugins the UID of a pod: {major}.{minor} does"
         ));
     }
+    if version(kernel).is_none_or(|found| found < FULL_GUARD) {
+        let (major, minor) = FULL_GUARD;
+        return warning(format!(
+            "node {name}: Linux {kernel} has two layers of the guard; {major}.{minor} has three"
+        ));
+    }
     fine(format!("node {name}: Linux {kernel}, {runtime}"))
 }
 
@@ -352,12 +361,13 @@ mod tests {
     fn whatever_stands_against_it_is_said() {
         use Verdict::{Problem, Warning};
         type Case = (fn(&mut Facts), Verdict, &'static str);
-        let cases: [Case; 11] = [
+        let cases: [Case; 12] = [
             (|f| f.kubernetes.1 = "32".to_owned(), Problem, "1.33"),
             (|f| f.kubernetes.1 = "?".to_owned(), Problem, "1.33"),
             (|f| f.nodes.clear(), Problem, "no node"),
-            (|f| f.nodes[0].kernel = "6.11.0-generic".to_owned(), Problem, "6.12"),
-            (|f| f.nodes[0].kernel = String::new(), Problem, "6.12"),
+            (|f| f.nodes[0].kernel = "5.15.0-generic".to_owned(), Problem, "6.1 is"),
+            (|f| f.nodes[0].kernel = String::new(), Problem, "6.1 is"),
+            (|f| f.nodes[0].kernel = "6.11.0-generic".to_owned(), Warning, "two layers"),
             (|f| f.nodes[0].runtime = "containerd://1.5.18".to_owned(), Problem, "UID"),
             (|f| f.nodes[0].os = "windows".to_owned(), Warning, "outside"),
             (
