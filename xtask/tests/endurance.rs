@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::Signal;
 use xtask::lab::mesh::{Settings, pods};
 use xtask::lab::traffic::{accept, exchange, expect_refusal, reset_on_close};
-use xtask::lab::{Mesh, Pod, until};
+use xtask::lab::{Mesh, Pod, until, volume};
 
 const PORT: u16 = 8080;
 const NOBODY: u16 = 8081;
@@ -20,12 +20,13 @@ const NOBODY: u16 = 8081;
 /// half for one of the agent's two kinds of sockets there.
 #[test]
 fn sixty_seconds_of_new_connections() -> Result<()> {
-    const PORTS: &str = "44884 48883";
+    let half = volume(2000);
+    let ports = format!("{} {}", 46_884 - half, 46_883 + half);
     const CLIENT_ENDS: u16 = 9001;
     const SERVER_ENDS: u16 = 9002;
     let mut mesh = Mesh::new("sixty_seconds_of_new_connections")?;
     let (client, server) = (mesh.pod(0, "client")?, mesh.pod(1, "server")?);
-    server.sysctl("net/ipv4/ip_local_port_range", PORTS)?;
+    server.sysctl("net/ipv4/ip_local_port_range", &ports)?;
     let answer = |mut stream: &TcpStream| -> std::io::Result<()> {
         let mut byte = [0];
         stream.read_exact(&mut byte)?;
@@ -72,7 +73,10 @@ fn sixty_seconds_of_new_connections() -> Result<()> {
             })?;
         }
         let made = made.load(Ordering::Relaxed);
-        ensure!(made > 4 * 2000, "inconclusive: {made} connections do not use up the ports");
+        ensure!(
+            made > 4 * u64::from(half),
+            "inconclusive: {made} connections do not use up the ports"
+        );
         Ok(())
     })
 }
@@ -187,7 +191,7 @@ fn idle_connections_outlive_every_timer() -> Result<()> {
 /// However connections end, nothing of them is left at either agent.
 #[test]
 fn descriptors_do_not_leak() -> Result<()> {
-    const AT_ONCE: usize = 500;
+    let at_once = volume(500).into();
     const ROUNDS: usize = 2;
     let agent = "timeouts: {idle_tunnel: 1s}";
     let settings = Settings { agent, ..Settings::default() };
@@ -198,7 +202,7 @@ fn descriptors_do_not_leak() -> Result<()> {
     every_end(&client, &server, 1)?;
     let before = resting(&mut mesh)?;
     for _ in 0..ROUNDS {
-        every_end(&client, &server, AT_ONCE)?;
+        every_end(&client, &server, at_once)?;
     }
     until("the agents to have no more open than before", || {
         let now = descriptors(&mut mesh).ok()?;

@@ -8,7 +8,7 @@ use anyhow::{Result, bail, ensure};
 use xtask::lab::mesh::{Settings, pods};
 use xtask::lab::raw::{PacketSocket, frame, gateway_address, tcp_packet};
 use xtask::lab::traffic::exchange;
-use xtask::lab::{Canary, Mesh, Pod, until};
+use xtask::lab::{Canary, Mesh, Pod, until, volume};
 
 const PORT: u16 = 8080;
 const IPV4: u16 = 0x0800;
@@ -118,12 +118,11 @@ fn device_guards(pods: &Path) -> Result<Vec<PathBuf>> {
 /// the kernel no longer answered in time.
 #[test]
 fn a_crowd_of_pods_is_enrolled() -> Result<()> {
-    const CROWD: u16 = 100;
+    let size = volume(100);
     let mut mesh = Mesh::with("a_crowd_of_pods_is_enrolled", 1, Settings::default())?;
     let node = mesh.nodes[0].clone();
-    let crowd = (0..CROWD)
-        .map(|number| mesh.lab.pod_of_crowd(&node, number))
-        .collect::<Result<Vec<_>>>()?;
+    let crowd =
+        (0..size).map(|number| mesh.lab.pod_of_crowd(&node, number)).collect::<Result<Vec<_>>>()?;
     crowd.iter().try_for_each(|pod| mesh.control.register(pod))?;
     mesh.wait_synced()?;
     let agent = &mesh.agents[0];
@@ -131,6 +130,6 @@ fn a_crowd_of_pods_is_enrolled() -> Result<()> {
     let status = agent.status()?;
     let guards = pods(&status).flat_map(|pod| pod["guard"].as_array().into_iter().flatten());
     let peers = guards.filter(|guard| guard["layer"] == "peer").count();
-    ensure!(peers == usize::from(CROWD), "{peers} of {CROWD} pods are guarded on the host's side");
+    ensure!(peers == usize::from(size), "{peers} of {size} pods are guarded on the host's side");
     Ok(())
 }

@@ -12,7 +12,7 @@ use xtask::lab::compare::{PORT, as_without_mesh, expect_end, expect_reset, pair}
 use xtask::lab::mesh::Settings;
 use xtask::lab::topology::OUTSIDE_ADDRESSES;
 use xtask::lab::traffic::{accept, canonical, exchange, expect_refusal, reset_on_close};
-use xtask::lab::{Canary, Mesh, Pod, Recording};
+use xtask::lab::{Canary, Mesh, Pod, Recording, volume};
 
 #[test]
 fn both_sides_see_the_real_addresses() -> Result<()> {
@@ -129,7 +129,7 @@ fn send_bulk(mut stream: &TcpStream) -> Result<Vec<u8>> {
     let seed: [u8; 64] = rand::random();
     let mut block = seed.repeat(MEBIBYTE / seed.len());
     let mut hash = Sha256::new();
-    for number in 0..1024_u64 {
+    for number in 0..u64::from(volume(1024)) {
         block[..8].copy_from_slice(&number.to_be_bytes());
         stream.write_all(&block)?;
         hash.update(&block);
@@ -354,12 +354,12 @@ fn plaintext_enters_only_where_it_may() -> Result<()> {
 /// hardly more than that.
 #[test]
 fn ten_thousand_connections_at_once() -> Result<()> {
-    const COUNT: u64 = 10_000;
+    let count = u64::from(volume(10_000));
     let mut mesh = Mesh::with("ten_thousand_connections_at_once", 3, Settings::default())?;
     let pods =
         (0..3).map(|node| mesh.pod(node, &format!("pod{node}"))).collect::<Result<Vec<_>>>()?;
     let listeners = pods.iter().map(|pod| pod.listen(PORT)).collect::<Result<Vec<_>>>()?;
-    let ring = || (0..COUNT).zip((0..pods.len()).cycle());
+    let ring = || (0..count).zip((0..pods.len()).cycle());
     let clients = || -> Result<()> {
         unshare(CloneFlags::CLONE_FILES)?;
         let mut streams = Vec::new();
@@ -371,7 +371,7 @@ fn ten_thousand_connections_at_once() -> Result<()> {
             stream.write_all(&number.to_be_bytes())?;
             streams.push(stream);
         }
-        for (number, stream) in (0..COUNT).zip(&mut streams) {
+        for (number, stream) in (0..count).zip(&mut streams) {
             let mut answer = [0; 8];
             stream.read_exact(&mut answer)?;
             ensure!(answer == number.to_be_bytes(), "connection {number} has another's answer");

@@ -6,6 +6,7 @@
 //! touched.
 
 use std::collections::BTreeSet;
+use std::env;
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -52,6 +53,12 @@ pub use traffic::Server;
 ///
 /// It is generous because nothing waits for it to pass: it is only reached when something hangs.
 pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// How much of a volume a test moves: all of it, or a sixteenth where the CPU is emulated, which takes
+/// that much longer. `cargo xtask test --vm` says so in the environment.
+pub fn volume(of: u16) -> u16 {
+    if env::var_os("NODEMESH_EMULATED").is_some() { of / 16 } else { of }
+}
 
 const PREFIX: &str = "nm-";
 const STATE_DIR: &str = "/run/nodemesh-lab";

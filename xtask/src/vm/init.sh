@@ -16,7 +16,7 @@ if [ ! -e /etc/passwd ]; then
     exec switch_root /root /nodemesh-vm-init
 fi
 
-export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root NODEMESH_EMULATED=1
 mount -t tmpfs tmpfs /tmp
 mount -t tmpfs tmpfs /run
 mkdir -p /tmp/job /run/netns /dev/pts /dev/shm
