@@ -169,7 +169,7 @@ pub fn until<T>(what: &str, mut attempt: impl FnMut() -> Option<T>) -> Result<T>
 
 /// Where cargo put the real binaries: beside this one.
 pub fn binary_dir() -> Result<PathBuf> {
-    let executable = std::env::current_exe()?;
+    let executable = env::current_exe()?;
     let directory = executable.parent().context("an executable is in a directory")?;
     Ok(if directory.ends_with("deps") {
         directory.parent().context("deps is in a directory")?.to_owned()
