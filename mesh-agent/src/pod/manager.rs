@@ -33,11 +33,12 @@ use crate::{
     identity::{Identity, Snapshot, Svid, SvidHandle},
     observer::Observed,
     policy::Policy,
-    proxy::{ClientStream, Neighbours, registration},
+    proxy::{Neighbours, registration},
     stats::{Report, Stats},
     tunnel::{
         Pool,
         pool::{Key, Proof},
+        tls::Stream,
     },
 };
 
@@ -67,7 +68,7 @@ pub struct Node {
     /// The pods' counts.
     pub stats: Arc<Stats>,
     /// Idle tunnels.
-    pub pool: Pool<ClientStream>,
+    pub pool: Pool<Stream>,
     /// What is enrolled, on file.
     pub ledger: Ledger,
     /// No new connections.
@@ -449,7 +450,7 @@ fn unless_gone(done: io::Result<()>) -> io::Result<()> {
 }
 
 /// Drops idle tunnels whose ends are no longer registered as they were.
-async fn purge_pool(mut snapshots: watch::Receiver<Arc<Snapshot>>, pool: Pool<ClientStream>) {
+async fn purge_pool(mut snapshots: watch::Receiver<Arc<Snapshot>>, pool: Pool<Stream>) {
     while snapshots.changed().await.is_ok() {
         let snapshot = Arc::clone(&snapshots.borrow_and_update());
         pool.purge(|key: &Key, proof: Proof| {

@@ -13,7 +13,6 @@ use tokio::{
     net::TcpStream,
     time::{Instant, sleep_until, timeout, timeout_at},
 };
-use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_util::sync::CancellationToken;
 
 use super::{PodProxy, arrival, outbound::patient, peer, peer::Failed, reset, reusable_until};
@@ -22,8 +21,9 @@ use crate::{
     policy::{DenyReason, Verdict},
     stats::{Direction, HandshakeFailure, Kind, Parties, Party},
     tunnel::{
-        AppSocket, Header, ReadAhead, Reason, Refusal, Role, relay, relay_plain,
+        AppSocket, Header, Reason, Refusal, Role, relay, relay_plain,
         server::{self, TunnelError},
+        tls::{Stream, accept, is_worn, peer_certificates},
     },
 };
 
@@ -101,7 +101,7 @@ async fn plaintext(pod: &PodProxy, stream: TcpStream, parties: Parties, kill: &C
 /// A tunnel from a client that has proven who it is.
 struct Tunnel<'a> {
     pod: &'a PodProxy,
-    stream: TlsStream<ReadAhead<TcpStream>>,
+    stream: Stream,
     client: Leaf,
     /// The certificate that this pod has shown.
     svid: Arc<Svid>,
@@ -134,9 +134,8 @@ async fn handshake<'a>(
         greeting(&stream).await?;
         let _share = place.share().await.map_err(going)?;
         let _turn = place.turn().await.map_err(going)?;
-        let accept = TlsAcceptor::from(Arc::clone(&svid.server)).accept(ReadAhead::new(stream));
-        let stream = accept.await.map_err(|error| Failed::tls(&error))?;
-        let client = peer::leaf(stream.get_ref().1)?;
+        let stream = accept(&svid.server, stream).await.map_err(|error| Failed::tls(&error))?;
+        let client = peer::leaf(&stream)?;
         pod.stats.handshake(Direction::Inbound);
         Ok(Tunnel { pod, stream, client, svid, kill })
     };
@@ -171,6 +170,9 @@ impl Tunnel<'_> {
         while let Some(header) = next {
             if !self.carry(header, peer, destination).await {
                 return;
+            }
+            if is_worn(&self.stream) {
+                break;
             }
             let lapse = lapse(self.pod, &self.svid, &self.client);
             let opened = tokio::select! {
@@ -274,8 +276,7 @@ impl Tunnel<'_> {
         if Arc::ptr_eq(&current.bundle, &svid.bundle) {
             return Ok(());
         }
-        let chain = stream.get_ref().1.peer_certificates().unwrap_or_default();
-        current.trusts(chain, now).map(drop).map_err(|error| error.to_string())
+        current.trusts(peer_certificates(stream), now).map(drop).map_err(|error| error.to_string())
     }
 }
 

@@ -4,11 +4,10 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use rustls::pki_types::ServerName;
 use tokio::time::timeout;
-use tokio_rustls::TlsConnector;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    ClientStream, PodProxy, TURN_PATIENCE, arrival,
+    PodProxy, TURN_PATIENCE, arrival,
     neighbour::Crossing,
     peer,
     peer::Failed,
@@ -20,9 +19,10 @@ use crate::{
     identity::{Svid, Workload},
     stats::{Direction, HandshakeFailure, Parties, Party},
     tunnel::{
-        AppSocket, End, Header, ReadAhead, Reason, Role, TraceId, Traffic,
+        AppSocket, End, Header, Reason, Role, TraceId, Traffic,
         pool::{Key, Proof, Tunnel},
         relay, relay_plain,
+        tls::{Stream, connect, is_worn},
     },
 };
 
@@ -138,7 +138,7 @@ impl Mesh<'_> {
                 }
             };
             let outcome = relay(app, &mut tunnel.stream, role, traffic).await;
-            if outcome.reusable {
+            if outcome.reusable && !is_worn(&tunnel.stream) {
                 self.pod.pool.put(tunnel);
             }
             match outcome.untouched {
@@ -155,7 +155,7 @@ impl Mesh<'_> {
     }
 
     /// A tunnel that is ready for a connection, and whether it has carried others.
-    async fn tunnel(&self) -> Result<(Tunnel<ClientStream>, bool), Failed> {
+    async fn tunnel(&self) -> Result<(Tunnel<Stream>, bool), Failed> {
         let svid = self.pod.svid().await.ok_or_else(|| {
             let detail = "the control plane has issued none, or it has expired";
             Failed::new(HandshakeFailure::NoCertificate, detail)
@@ -180,7 +180,7 @@ impl Mesh<'_> {
         svid: &Svid,
         key: Key,
         proof: Proof,
-    ) -> Result<Tunnel<ClientStream>, Failed> {
+    ) -> Result<Tunnel<Stream>, Failed> {
         let Self { pod, client, address, server, .. } = self;
         let place = pod.leaving.enter(address.ip());
         let busy = |_| {
@@ -198,10 +198,9 @@ impl Mesh<'_> {
         // Not before, or peers that nobody answers for would take every turn.
         let _turn = place.turn().await.map_err(closed)?;
         let name = ServerName::IpAddress(address.ip().into());
-        let connect =
-            TlsConnector::from(Arc::clone(&svid.client)).connect(name, ReadAhead::new(tcp));
+        let connect = connect(&svid.client, name, tcp);
         let stream = patient(pod.timeouts.handshake, connect).await.map_err(|e| Failed::tls(&e))?;
-        let leaf = peer::leaf(stream.get_ref().1)?;
+        let leaf = peer::leaf(&stream)?;
         peer::check(&leaf, server)?;
         pod.stats.handshake(Direction::Outbound);
         Ok(Tunnel { key, proof, not_after: reusable_until([&leaf, &svid.leaf]), stream })
