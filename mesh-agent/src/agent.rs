@@ -11,7 +11,7 @@ use crate::{
     admin::{Admin, Server},
     balance::Balancer,
     bpf::Datapath,
-    config::{Config, KernelTls},
+    config::Config,
     identity::{self, Identity},
     kubernetes::{Controller, Unguarded},
     logging, node,
@@ -70,9 +70,10 @@ pub fn run(config: Config) -> Result<()> {
             pins = %datapath.pin_directory().display(),
             "the eBPF programs are attached"
         );
-        let kernel_tls = match config.kernel_tls {
-            KernelTls::Off => Err("off".to_owned()),
-            KernelTls::Auto => kernel_tls::probe().map_err(|why| format!("not in use: {why}")),
+        let kernel_tls = if config.kernel_tls {
+            kernel_tls::probe().map_err(|why| format!("not in use: {why}"))
+        } else {
+            Err("off".to_owned())
         };
         let (state, state_seen) = watch::channel(None);
         let identity = Identity::start(identity::Config {

@@ -136,9 +136,9 @@ pub struct Config {
     /// Whether pods of one node have TLS between them too, though they share no wire.
     #[serde(default)]
     pub encrypt_same_node: bool,
-    /// Whether the kernel encrypts the tunnels between nodes.
+    /// Whether the kernel encrypts tunnels once they are made, if it can.
     #[serde(default)]
-    pub kernel_tls: KernelTls,
+    pub kernel_tls: bool,
     /// Plaintext to destinations outside `cluster_ranges`.
     #[serde(default)]
     pub egress: Egress,
@@ -328,17 +328,6 @@ pub enum Udp {
     Allow,
     /// It is dropped and counted.
     Deny,
-}
-
-/// Who encrypts tunnels once the agent has finished the handshake.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum KernelTls {
-    /// The agent.
-    #[default]
-    Off,
-    /// The kernel, if it can; the agent if not.
-    Auto,
 }
 
 /// How much one pod may use.

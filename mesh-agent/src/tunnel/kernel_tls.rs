@@ -156,11 +156,12 @@ impl KernelTls {
                 Ok(0) => return Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into())),
                 Err(error) => {
                     buffer::give_back(buffer);
-                    match error.raw_os_error() {
-                        Some(libc::EAGAIN) => {}
+                    if error.raw_os_error() == Some(libc::EIO) {
                         // There is a record that is no application data.
-                        Some(libc::EIO) => return Poll::Ready(self.take_control_record()),
-                        _ => return Poll::Ready(Err(error)),
+                        return Poll::Ready(self.take_control_record());
+                    }
+                    if error.kind() != io::ErrorKind::WouldBlock {
+                        return Poll::Ready(Err(error));
                     }
                 }
             }
