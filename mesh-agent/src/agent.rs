@@ -89,6 +89,7 @@ pub fn run(config: Config) -> Result<()> {
         let node = Arc::new(Node {
             policy: Arc::new(config.policy()),
             balancer: Arc::new(Balancer::new(&config.node)),
+            habits: Arc::default(),
             neighbours: Arc::default(),
             datapath: Arc::new(datapath),
             stats: Arc::new(Stats::new(config.limits.connections_per_pod.get() as usize)),

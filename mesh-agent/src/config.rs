@@ -381,7 +381,7 @@ impl Default for Timeouts {
             dial: Duration::from_secs(5),
             handshake: Duration::from_secs(5),
             unacknowledged: Duration::from_secs(60),
-            idle_tunnel: Duration::from_secs(60),
+            idle_tunnel: Duration::from_secs(300),
             drain: Duration::from_secs(25),
         }
     }

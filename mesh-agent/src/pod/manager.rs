@@ -33,7 +33,7 @@ use crate::{
     identity::{Identity, Snapshot, Svid, SvidHandle},
     observer::Observed,
     policy::Policy,
-    proxy::{Neighbours, registration},
+    proxy::{Habits, Neighbours, registration},
     stats::{Report, Stats},
     tunnel::{
         Pool,
@@ -59,6 +59,8 @@ pub struct Node {
     pub policy: Arc<Policy>,
     /// Which endpoint of a service a connection goes to.
     pub balancer: Arc<Balancer>,
+    /// What the node's workloads have connected to lately.
+    pub habits: Arc<Habits>,
     /// Pods of this node that need no tunnel to each other.
     pub neighbours: Arc<Neighbours>,
     /// The eBPF side.

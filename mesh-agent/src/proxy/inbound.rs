@@ -11,7 +11,7 @@ use std::{
 use mesh_common::svid::{Leaf, PodRef};
 use tokio::{
     net::TcpStream,
-    time::{Instant, sleep_until, timeout, timeout_at},
+    time::{Instant, sleep_until, timeout},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -62,7 +62,7 @@ pub(super) async fn connection(
         Verdict::Deny(_) | Verdict::Mesh(_) => {
             // Apart: its state is larger than all that a tunnel needs afterwards.
             match Box::pin(handshake(pod, stream, source, kill)).await {
-                Ok((mut tunnel, header)) => tunnel.serve(header, client, destination).await,
+                Ok(mut tunnel) => tunnel.serve(client, destination).await,
                 Err(failed) => {
                     pod.no_tunnel(Direction::Inbound, client, &failed);
                     if failed.kind == HandshakeFailure::Protocol {
@@ -109,21 +109,19 @@ struct Tunnel<'a> {
     kill: &'a CancellationToken,
 }
 
-/// A tunnel whose client has proven who it is and wants a first connection, all of it within
-/// `timeouts.handshake`.
+/// A tunnel whose client has proven who it is within `timeouts.handshake`.
 async fn handshake<'a>(
     pod: &'a PodProxy,
     stream: TcpStream,
     source: IpAddr,
     kill: &'a CancellationToken,
-) -> Result<(Tunnel<'a>, Header), Failed> {
+) -> Result<Tunnel<'a>, Failed> {
     let place = pod.arriving.enter(source);
     if place.is_crowded() {
         reset(&stream);
         let detail = "the peer has too many unfinished handshakes";
         return Err(Failed::new(HandshakeFailure::Overloaded, detail));
     }
-    let deadline = Instant::now() + pod.timeouts.handshake;
     let going = |_| Failed::new(HandshakeFailure::Closed, "the pod is going");
     let late = |_| Failed::new(HandshakeFailure::Timeout, "the peer did not finish it in time");
     let proven = async {
@@ -139,13 +137,7 @@ async fn handshake<'a>(
         pod.stats.handshake(Direction::Inbound);
         Ok(Tunnel { pod, stream, client, svid, kill })
     };
-    let mut tunnel = timeout_at(deadline, proven).await.map_err(late)??;
-    let opened = timeout_at(deadline, server::next_open(&mut tunnel.stream)).await.map_err(late)?;
-    match opened {
-        Ok(Some(header)) => Ok((tunnel, header)),
-        Ok(None) => Err(Failed::new(HandshakeFailure::Closed, "it asked for no connection")),
-        Err(error) => Err(Failed::new(HandshakeFailure::Closed, error.to_string())),
-    }
+    timeout(pod.timeouts.handshake, proven).await.map_err(late)?
 }
 
 /// Waits for the first byte. What is no handshake gets a reset, not an alert that its client would
@@ -164,23 +156,20 @@ async fn greeting(stream: &TcpStream) -> Result<(), Failed> {
 }
 
 impl Tunnel<'_> {
-    /// Serves one connection after the other.
-    async fn serve(&mut self, first: Header, peer: SocketAddr, destination: SocketAddr) {
-        let mut next = Some(first);
-        while let Some(header) = next {
-            if !self.carry(header, peer, destination).await {
-                return;
-            }
-            if is_worn(&self.stream) {
-                break;
-            }
+    /// Serves one connection after the other. The first may be long in coming: the client may have
+    /// made the tunnel in advance.
+    async fn serve(&mut self, peer: SocketAddr, destination: SocketAddr) {
+        while !is_worn(&self.stream) {
             let lapse = lapse(self.pod, &self.svid, &self.client);
             let opened = tokio::select! {
                 biased;
                 opened = server::next_open(&mut self.stream) => opened,
                 () = lapse => break,
             };
-            next = self.opened(opened, peer);
+            let Some(header) = self.opened(opened, peer) else { return };
+            if !self.carry(header, peer, destination).await {
+                return;
+            }
         }
         // Told once that none should come, the client may have asked for one more by then.
         if server::go_away(&mut self.stream).await.is_ok()

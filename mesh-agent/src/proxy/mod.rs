@@ -10,6 +10,7 @@ mod neighbour;
 mod outbound;
 mod peer;
 mod route;
+mod warm;
 
 use std::{
     hash::{DefaultHasher, Hash as _, Hasher as _},
@@ -29,8 +30,8 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub(crate) use self::admission::Admission;
-pub use self::neighbour::Neighbours;
 use self::peer::Failed;
+pub use self::{neighbour::Neighbours, warm::Habits};
 use crate::{
     balance::Balancer,
     config::Timeouts,
@@ -72,6 +73,8 @@ pub struct PodProxy {
     pub policy: Arc<Policy>,
     /// Which endpoint of a service a connection goes to.
     pub balancer: Arc<Balancer>,
+    /// What the node's workloads have connected to lately.
+    pub habits: Arc<Habits>,
     /// The pods that need no tunnel.
     pub neighbours: Arc<Neighbours>,
     /// The pod's counts.

@@ -1,6 +1,11 @@
 //! A connection that an application in the pod opened.
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use rustls::pki_types::ServerName;
 use tokio::time::timeout;
@@ -50,6 +55,9 @@ pub(super) async fn connection(
             return pod.stats.deny(&parties, reason);
         }
     };
+    if let Some(own) = parties.client.workload.as_ref().filter(|_| hop.is_in_mesh()) {
+        pod.habits.note(&own.id, destination, Instant::now());
+    }
     parties.endpoint = hop.endpoint();
     parties.server.workload = hop.server().cloned();
     parties.trace = hop.is_in_mesh().then_some(trace);
@@ -69,7 +77,7 @@ pub(super) async fn connection(
                 } else {
                     Role::Client(header)
                 };
-                let mesh = Mesh { pod, client, address: hop.address, own, server };
+                let mesh = Mesh { pod, client: client.ip(), address: hop.address, own, server };
                 mesh.carry(app, role, guard.traffic()).await
             }
         };
@@ -118,13 +126,14 @@ async fn plaintext(
 }
 
 /// A connection to another pod of the mesh.
-struct Mesh<'a> {
-    pod: &'a PodProxy,
-    client: SocketAddr,
+pub(super) struct Mesh<'a> {
+    pub(super) pod: &'a PodProxy,
+    /// The address that the application has.
+    pub(super) client: IpAddr,
     /// What is dialled.
-    address: SocketAddr,
-    own: &'a Workload,
-    server: &'a Workload,
+    pub(super) address: SocketAddr,
+    pub(super) own: &'a Workload,
+    pub(super) server: &'a Workload,
 }
 
 impl Mesh<'_> {
@@ -160,14 +169,7 @@ impl Mesh<'_> {
             let detail = "the control plane has issued none, or it has expired";
             Failed::new(HandshakeFailure::NoCertificate, detail)
         })?;
-        let (client, source) = (Arc::clone(&self.pod.uid), self.client.ip());
-        let key = Key { client, source, destination: self.address };
-        let proof = Proof {
-            certificate: svid.generation,
-            // A change of the bundle makes another generation.
-            bundle: 0,
-            registration: registration([self.own, self.server]),
-        };
+        let (key, proof) = self.terms(&svid);
         match self.pod.pool.take(&key, proof) {
             Some(pooled) => Ok((pooled, true)),
             // Apart: its state is larger than all that a connection needs afterwards.
@@ -175,7 +177,20 @@ impl Mesh<'_> {
         }
     }
 
-    async fn handshake(
+    /// What a tunnel connects, and what it has to be authenticated under.
+    pub(super) fn terms(&self, svid: &Svid) -> (Key, Proof) {
+        let Self { pod, client, address, own, server } = *self;
+        let key = Key { client: Arc::clone(&pod.uid), source: client, destination: address };
+        let proof = Proof {
+            certificate: svid.generation,
+            // A change of the bundle makes another generation.
+            bundle: 0,
+            registration: registration([own, server]),
+        };
+        (key, proof)
+    }
+
+    pub(super) async fn handshake(
         &self,
         svid: &Svid,
         key: Key,
@@ -191,7 +206,7 @@ impl Mesh<'_> {
         // Before the peer hears of it: what it has accepted counts there.
         let share = timeout(TURN_PATIENCE, place.share()).await.map_err(busy)?;
         let _share = share.map_err(closed)?;
-        let dial = pod.sockets.dial_network(client.ip(), *address, Tag::Tunnel);
+        let dial = pod.sockets.dial_network(*client, *address, Tag::Tunnel);
         let tcp = patient(pod.timeouts.dial, dial)
             .await
             .map_err(|error| Failed::new(HandshakeFailure::Unreachable, error.to_string()))?;
