@@ -191,7 +191,7 @@ impl<T: Transport + Send + 'static> Pool<T> {
 
     /// Keeps an idle tunnel, if it still is one and there is room for it.
     pub fn put(&self, mut tunnel: Tunnel<T>) {
-        let Shared { limits, idle, alarm } = &*self.0;
+        let Shared { limits, idle, alarm, .. } = &*self.0;
         let mut evicted = None;
         let mut idle = lock(idle);
         let id = idle.next_id;
