@@ -23,7 +23,7 @@ use crate::{
     },
     stats::Stats,
     sys::socket::netns_cookie_here,
-    tunnel::{Pool, PoolLimits},
+    tunnel::{Pool, PoolLimits, kernel_tls},
 };
 
 /// Idle tunnels of the whole node: two descriptors of a million each.
@@ -70,12 +70,18 @@ pub fn run(config: Config) -> Result<()> {
             pins = %datapath.pin_directory().display(),
             "the eBPF programs are attached"
         );
+        let kernel_tls = if config.kernel_tls {
+            kernel_tls::probe().map_err(|why| format!("not in use: {why}"))
+        } else {
+            Err("off".to_owned())
+        };
         let (state, state_seen) = watch::channel(None);
         let identity = Identity::start(identity::Config {
             node: config.node.clone(),
             control_plane: config.control_plane.iter().map(ToString::to_string).collect(),
             credential: config.credential(),
             runtime_dir: config.runtime_dir.clone(),
+            kernel_tls: kernel_tls.is_ok(),
             state: state_seen,
         })?;
         let (source, pods) = DirectorySource::new(config.pods_dir.clone(), config.udp);
@@ -83,6 +89,7 @@ pub fn run(config: Config) -> Result<()> {
         let node = Arc::new(Node {
             policy: Arc::new(config.policy()),
             balancer: Arc::new(Balancer::new(&config.node)),
+            habits: Arc::default(),
             neighbours: Arc::default(),
             datapath: Arc::new(datapath),
             stats: Arc::new(Stats::new(config.limits.connections_per_pod.get() as usize)),
@@ -124,6 +131,7 @@ pub fn run(config: Config) -> Result<()> {
         let admin = Arc::new(Admin {
             node: node.config.node.clone(),
             started: SystemTime::now(),
+            kernel_tls: kernel_tls.map_or_else(|why| why, |()| "in use".to_owned()),
             identity: node.identity.status(),
             counters: node.identity.counters(),
             snapshots: node.identity.snapshots(),

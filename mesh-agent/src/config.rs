@@ -136,6 +136,9 @@ pub struct Config {
     /// Whether pods of one node have TLS between them too, though they share no wire.
     #[serde(default)]
     pub encrypt_same_node: bool,
+    /// Whether the kernel encrypts tunnels once they are made, if it can.
+    #[serde(default)]
+    pub kernel_tls: bool,
     /// Plaintext to destinations outside `cluster_ranges`.
     #[serde(default)]
     pub egress: Egress,
@@ -378,7 +381,7 @@ impl Default for Timeouts {
             dial: Duration::from_secs(5),
             handshake: Duration::from_secs(5),
             unacknowledged: Duration::from_secs(60),
-            idle_tunnel: Duration::from_secs(60),
+            idle_tunnel: Duration::from_secs(300),
             drain: Duration::from_secs(25),
         }
     }

@@ -72,24 +72,53 @@ pub(crate) fn test(lab: Option<&str>, threads: u8) -> Result<()> {
     if lab.is_none() { replay_corpora() } else { Ok(()) }
 }
 
-/// Runs the laboratory tests with `filter` in their name on another kernel.
+/// Which ends of tunnels the kernel of the virtual machine encrypts: see `kernel_tls` in the agent's
+/// configuration. Of the laboratory's agents, all do or none.
+const KERNEL_TLS: [&str; 4] = ["", "client", "server", "client,server"];
+
+/// Runs the laboratory tests with `filter` in their name on another kernel, without and with TLS in
+/// the kernel. If there is no filter, the tunnel's own tests as well.
 pub(crate) fn test_in_vm(filter: &str, threads: u8) -> Result<()> {
     setup(Tools::Vm)?;
     run(cargo().args(["build", "--workspace", "--bins", "--tests"]))?;
+    let mut commands = Vec::new();
+    if filter.is_empty() {
+        for (ends, test) in product(&KERNEL_TLS, &test_programs("mesh-agent", "lib")?) {
+            commands.push(format!("{ends} {test} --include-ignored tunnel::"));
+        }
+    }
+    for (ends, test) in product(&[KERNEL_TLS[0], KERNEL_TLS[3]], &test_programs("xtask", "test")?) {
+        commands.push(format!("{ends} {test} --test-threads={threads} {filter}"));
+    }
+    vm::run(&root()?.join("target/vm"), &commands)
+}
+
+/// Each with each, the former as an assignment to the environment of the latter.
+fn product(kernel_tls: &[&str], tests: &[PathBuf]) -> Vec<(String, String)> {
+    let with = |ends: &&str| {
+        let ends = format!("NODEMESH_TEST_KERNEL_TLS={ends}");
+        tests.iter().map(move |test| (ends.clone(), test.display().to_string())).collect::<Vec<_>>()
+    };
+    kernel_tls.iter().flat_map(with).collect()
+}
+
+/// The test programs of a package that are made of one kind of its targets.
+fn test_programs(package: &str, kind: &str) -> Result<Vec<PathBuf>> {
     let mut build = cargo();
-    build.args(["test", "--no-run", "--workspace", "--test", "*", "--message-format", "json"]);
-    let output = build.stderr(Stdio::inherit()).output().context("asking cargo for the tests")?;
+    build.args(["test", "--no-run", "--workspace", "--lib", "--test", "*"]);
+    let output = build.args(["--message-format", "json"]).stderr(Stdio::inherit()).output();
+    let output = output.context("asking cargo for the tests")?;
     ensure!(output.status.success(), "cargo test --no-run: {}", output.status);
     let tests: Vec<PathBuf> = output
         .stdout
         .split(|byte| *byte == b'\n')
         .filter_map(|line| serde_json::from_slice::<serde_json::Value>(line).ok())
-        .filter(|message| message["package_id"].as_str().is_some_and(|id| id.contains("xtask")))
-        .filter(|message| message["target"]["kind"][0] == "test")
+        .filter(|message| message["package_id"].as_str().is_some_and(|id| id.contains(package)))
+        .filter(|message| message["target"]["kind"][0] == kind)
         .filter_map(|message| Some(message["executable"].as_str()?.into()))
         .collect();
-    ensure!(!tests.is_empty(), "cargo names no laboratory tests");
-    vm::run(&root()?.join("target/vm"), &tests, filter, threads)
+    ensure!(!tests.is_empty(), "cargo names no tests of {package}");
+    Ok(tests)
 }
 
 const FUZZ_MANIFEST: &str = "fuzz/Cargo.toml";

@@ -1,4 +1,4 @@
-//! The laboratory's tests on another kernel: a virtual machine with the distribution's, emulated.
+//! Tests on another kernel: a virtual machine with the distribution's, emulated.
 //!
 //! Its root is this machine's file system, read-only, under a layer in memory: what the tests need
 //! is there, and nothing that they do to it stays.
@@ -20,9 +20,9 @@ const INIT: &str = include_str!("vm/init.sh");
 
 const RESULT: &str = "nodemesh-vm: exit ";
 
-/// Runs test programs, one after the other, `threads` tests at a time, those with `filter` in their
-/// names. `kernel` is where the package of a kernel is unpacked.
-pub(crate) fn run(kernel: &Path, tests: &[PathBuf], filter: &str, threads: u8) -> Result<()> {
+/// Runs commands, one after the other; before the program there may be assignments to its
+/// environment. `kernel` is where the package of a kernel is unpacked.
+pub(crate) fn run(kernel: &Path, commands: &[String]) -> Result<()> {
     let modules = kernel.join("lib/modules");
     let version = fs::read_dir(&modules)
         .with_context(|| format!("reading {}", modules.display()))?
@@ -33,13 +33,9 @@ pub(crate) fn run(kernel: &Path, tests: &[PathBuf], filter: &str, threads: u8) -
     let dir = tempfile::tempdir()?;
     let initramfs = initramfs(dir.path(), kernel, version)?;
 
-    let words = |paths: &[PathBuf]| {
-        paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join("\n")
-    };
     let job = dir.path().join("job");
     fs::create_dir(&job)?;
-    fs::write(job.join("tests"), words(tests) + "\n")?;
-    fs::write(job.join("arguments"), format!("--test-threads={threads} {filter}\n"))?;
+    fs::write(job.join("commands"), commands.join("\n") + "\n")?;
     fs::write(job.join("modules"), modules.display().to_string())?;
 
     let share = |id: &str, path: &str| {

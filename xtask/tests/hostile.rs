@@ -437,11 +437,11 @@ fn expect_nothing_served(client: &mut Client, source: SocketAddr) -> Result<()> 
     Ok(())
 }
 
-/// `timeouts.handshake` is for the header too: who has a certificate cannot hold tunnels either.
+/// Who has a certificate can make tunnels in advance, and hold them no longer than idle ones.
 #[test]
 fn tunnels_without_a_header_are_closed() -> Result<()> {
     const GOAWAY: [u8; 3] = [6, 0, 0];
-    let scene = Scene::new("tunnels_without_a_header_are_closed", "timeouts: {handshake: 1s}")?;
+    let scene = Scene::new("tunnels_without_a_header_are_closed", "timeouts: {idle_tunnel: 1s}")?;
     let application = Application::start(&scene.server, PORT)?;
     let (silent, source) = scene.tunnel(0)?;
     let (mut slow, _) = scene.tunnel(0)?;

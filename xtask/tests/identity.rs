@@ -70,6 +70,25 @@ fn certificates_of_ten_seconds_for_two_minutes() -> Result<()> {
     load.expect_no_failures()
 }
 
+/// The tunnels of before end with either certificate: one that is there was made in advance.
+#[test]
+fn tunnels_are_made_anew_with_certificates() -> Result<()> {
+    let mut mesh = mesh("tunnels_are_made_anew_with_certificates", "16s")?;
+    let (client, server) = (mesh.pod(0, "client")?, mesh.pod(1, "server")?);
+    let _echo = server.echo(PORT)?;
+    let to = server.sockets(PORT)[0];
+    exchange(client.connect(to)?, b"a habit")?;
+    for _ in 0..2 {
+        let old = certificates(&mesh)?;
+        wait_replaced(&mesh, &old)?;
+        until("a tunnel in advance", || {
+            let status = mesh.status_of(&client).ok()?;
+            (status["idle_tunnels"].as_u64()? > 0).then_some(())
+        })?;
+    }
+    exchange(client.connect(to)?, b"hello")
+}
+
 #[test]
 fn the_control_plane_away_for_half_a_lifetime() -> Result<()> {
     let mut mesh = mesh("the_control_plane_away_for_half_a_lifetime", "24s")?;

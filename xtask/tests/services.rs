@@ -10,7 +10,7 @@ use xtask::lab::mesh::{Settings, counted};
 use xtask::lab::packet::Segment;
 use xtask::lab::topology::OUTSIDE_ADDRESSES;
 use xtask::lab::traffic::{canonical, exchange, expect_refusal};
-use xtask::lab::{Canary, Mesh, Pod, Server};
+use xtask::lab::{Canary, Mesh, Pod, Server, until};
 
 /// Inside the laboratory's cluster ranges, and nobody's own.
 const SERVICE: [&str; 2] = ["10.77.200.1", "fd77:200::1"];
@@ -91,6 +91,42 @@ fn answering(client: &Pod) -> Result<BTreeSet<String>> {
 
 fn denied(mesh: &Mesh, reason: &str) -> Result<u64> {
     Ok(counted(&mesh.agents[0].status()?, "denied", "reason", reason))
+}
+
+/// Also to an endpoint that is new, and before anybody asked for either.
+#[test]
+fn tunnels_to_endpoints_are_made_in_advance() -> Result<()> {
+    let title = "tunnels_to_endpoints_are_made_in_advance";
+    let mut mesh = Mesh::with(title, 2, Settings::default())?;
+    let client = mesh.pod(0, "client")?;
+    let [one, two, three] = ["one", "two", "three"].map(|name| mesh.pod(1, name));
+    let servers = [one?, two?, three?];
+    let _servers = [introduce(&servers[0])?, introduce(&servers[1])?, introduce(&servers[2])?];
+    let handshakes = |mesh: &Mesh, node: usize| -> Result<u64> {
+        Ok(counted(&mesh.agents[node].status()?, "handshakes", "result", "ok"))
+    };
+    let wait_for = |mesh: &Mesh, count: u64| {
+        until(&format!("{count} idle tunnels"), || {
+            let idle = mesh.status_of(&client).ok()?["idle_tunnels"].as_u64()?;
+            (idle >= count).then_some(())
+        })
+    };
+
+    mesh.serve("web", &service("", &endpoints(&[&servers[0], &servers[1]], true)))?;
+    ensure!(handshakes(&mesh, 0)? == 0, "tunnels that nobody has a habit for");
+    let to = addresses()?[0];
+    ask(&client, to, "the first")?;
+    wait_for(&mesh, 2)?;
+    mesh.serve("web", &service("", &endpoints(&servers.each_ref(), true)))?;
+    wait_for(&mesh, 3)?;
+    let before = handshakes(&mesh, 0)?;
+    let mut names = BTreeSet::new();
+    while names.len() < 3 {
+        names.insert(ask(&client, to, "hello")?);
+        ensure!(handshakes(&mesh, 0)? == before, "a connection had to wait for a handshake");
+        wait_for(&mesh, 3)?;
+    }
+    Ok(())
 }
 
 #[test]

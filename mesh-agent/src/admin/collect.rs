@@ -77,6 +77,8 @@ pub struct Admin {
     pub node: String,
     /// When the agent started.
     pub started: SystemTime,
+    /// Whether the kernel encrypts tunnels, in words.
+    pub kernel_tls: String,
     /// The relation to the control plane.
     pub identity: watch::Receiver<identity::Status>,
     /// What the identity subsystem has counted.
@@ -113,6 +115,7 @@ impl Admin {
             degraded: Vec::new(),
             control_plane: control_plane(&self.identity.borrow()),
             programs: self.inspect.programs(),
+            kernel_tls: self.kernel_tls.clone(),
             pods_synced: self.inspect.pods_synced(),
             pods,
             unguarded: unguarded(&self.unguarded.borrow()),

@@ -40,6 +40,7 @@ pub fn print_status(status: &Status, style: Style) -> String {
         })
         .collect();
     facts.row(["eBPF programs".to_owned(), programs.join(", ")]);
+    facts.row(["kernel TLS".to_owned(), clean(&status.kernel_tls)]);
     lines.push(facts.render(style));
 
     for pod in &status.pods {

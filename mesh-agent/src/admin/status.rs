@@ -42,6 +42,9 @@ pub struct Status {
     pub control_plane: ControlPlane,
     /// The eBPF programs that exist once per node.
     pub programs: Vec<Program>,
+    /// Whether the kernel encrypts tunnels: `in use`, `off`, or `not in use: ` and why.
+    #[serde(default)]
+    pub kernel_tls: String,
     /// Whether all pods that the source knew at the start have been reported.
     pub pods_synced: bool,
     /// The enrolled pods.
@@ -394,6 +397,7 @@ pub(super) mod tests {
                 certificate: Some(Certificate { issued: None, ..certificate }),
             },
             programs: vec![Program { name: "connect4".to_owned(), attached: true }],
+            kernel_tls: "off".to_owned(),
             pods_synced: true,
             pods: vec![pod],
             unguarded: Vec::new(),

@@ -68,6 +68,7 @@ async fn start() -> Fixture {
     let (fake, stats) = (Arc::new(Fake::default()), Arc::new(Stats::new(10)));
     let admin = Admin {
         node: "node-1".to_owned(),
+        kernel_tls: "off".to_owned(),
         started: SystemTime::now(),
         identity: identity_seen,
         counters: Arc::new(Counters::default()),

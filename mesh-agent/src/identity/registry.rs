@@ -3,7 +3,13 @@
 //! A snapshot replaces the one before, or says what has changed since. One that contradicts itself
 //! is refused as a whole: half a registry would let a pod keep an address that is no longer its own.
 
-use std::{borrow::Borrow, cmp::Ordering, net::IpAddr, sync::Arc, time::Duration};
+use std::{
+    borrow::Borrow,
+    cmp::Ordering,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
 use imbl::{OrdMap, OrdSet};
 use mesh_common::{
@@ -94,6 +100,13 @@ pub struct Workload {
     pub addresses: Vec<IpAddr>,
     /// What the pod belongs to, "Deployment/checkout", for people and metrics; may be empty.
     pub owner: String,
+}
+
+impl Workload {
+    /// The address that it connects to this one from.
+    pub fn source(&self, destination: SocketAddr) -> Option<IpAddr> {
+        self.addresses.iter().copied().find(|own| own.is_ipv4() == destination.is_ipv4())
+    }
 }
 
 /// What the control plane decides for all agents.

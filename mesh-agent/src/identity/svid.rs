@@ -156,7 +156,8 @@ pub struct Svid {
 }
 
 impl Svid {
-    /// Checks a certificate and makes it ready for use.
+    /// Checks a certificate and makes it ready for use. With `kernel_tls` the two configurations
+    /// let go of their connections' keys, for the kernel.
     ///
     /// # Errors
     ///
@@ -164,6 +165,7 @@ impl Svid {
     pub(super) fn new(
         assignment: &Assignment,
         key: Arc<CertifiedKey>,
+        kernel_tls: bool,
         service: impl FnOnce(&Leaf) -> Service,
         now: SystemTime,
     ) -> Result<Self, Rejection> {
@@ -172,13 +174,17 @@ impl Svid {
         let Assignment { id, pod, bundle } = assignment.clone();
         let verifier = Arc::new(PeerVerifier::new(Arc::clone(&bundle), Kind::Workload));
         let Service { issued, next_rotation } = service(&leaf);
+        let mut client = client_config(Arc::clone(&verifier), Some(Arc::clone(&key)), ALPN)?;
+        let mut server = server_config(verifier, Arc::clone(&key), ALPN)?;
+        client.enable_secret_extraction = kernel_tls;
+        server.enable_secret_extraction = kernel_tls;
         Ok(Self {
             id,
             pod,
             issued,
             next_rotation,
-            client: Arc::new(client_config(Arc::clone(&verifier), Some(Arc::clone(&key)), ALPN)?),
-            server: Arc::new(server_config(verifier, Arc::clone(&key), ALPN)?),
+            client: Arc::new(client),
+            server: Arc::new(server),
             leaf,
             bundle,
             generation: GENERATION.fetch_add(1, Ordering::Relaxed),

@@ -307,6 +307,7 @@ fn tasks(
         AbortOnDropHandle::new(tokio::spawn(Arc::clone(keeper).run(changes))),
         AbortOnDropHandle::new(tokio::spawn(purge)),
         AbortOnDropHandle::new(tokio::spawn(Arc::clone(proxy).revise())),
+        AbortOnDropHandle::new(tokio::spawn(Arc::clone(proxy).keep_warm())),
         AbortOnDropHandle::new(tokio::spawn(
             Arc::clone(proxy).serve(outbound, Facing::Application),
         )),
@@ -448,6 +449,7 @@ impl Node {
             registry: self.identity.snapshots(),
             policy: Arc::clone(&self.policy),
             balancer: Arc::clone(&self.balancer),
+            habits: Arc::clone(&self.habits),
             neighbours: Arc::clone(&self.neighbours),
             stats: self.stats.pod(uid),
             warned: Mutex::new(None),

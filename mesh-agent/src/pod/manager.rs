@@ -33,11 +33,12 @@ use crate::{
     identity::{Identity, Snapshot, Svid, SvidHandle},
     observer::Observed,
     policy::Policy,
-    proxy::{ClientStream, Neighbours, registration},
+    proxy::{Habits, Neighbours, registration},
     stats::{Report, Stats},
     tunnel::{
         Pool,
         pool::{Key, Proof},
+        tls::Stream,
     },
 };
 
@@ -58,6 +59,8 @@ pub struct Node {
     pub policy: Arc<Policy>,
     /// Which endpoint of a service a connection goes to.
     pub balancer: Arc<Balancer>,
+    /// What the node's workloads have connected to lately.
+    pub habits: Arc<Habits>,
     /// Pods of this node that need no tunnel to each other.
     pub neighbours: Arc<Neighbours>,
     /// The eBPF side.
@@ -67,7 +70,7 @@ pub struct Node {
     /// The pods' counts.
     pub stats: Arc<Stats>,
     /// Idle tunnels.
-    pub pool: Pool<ClientStream>,
+    pub pool: Pool<Stream>,
     /// What is enrolled, on file.
     pub ledger: Ledger,
     /// No new connections.
@@ -449,7 +452,7 @@ fn unless_gone(done: io::Result<()>) -> io::Result<()> {
 }
 
 /// Drops idle tunnels whose ends are no longer registered as they were.
-async fn purge_pool(mut snapshots: watch::Receiver<Arc<Snapshot>>, pool: Pool<ClientStream>) {
+async fn purge_pool(mut snapshots: watch::Receiver<Arc<Snapshot>>, pool: Pool<Stream>) {
     while snapshots.changed().await.is_ok() {
         let snapshot = Arc::clone(&snapshots.borrow_and_update());
         pool.purge(|key: &Key, proof: Proof| {

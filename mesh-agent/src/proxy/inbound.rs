@@ -11,9 +11,8 @@ use std::{
 use mesh_common::svid::{Leaf, PodRef};
 use tokio::{
     net::TcpStream,
-    time::{Instant, sleep_until, timeout, timeout_at},
+    time::{Instant, sleep_until, timeout},
 };
-use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_util::sync::CancellationToken;
 
 use super::{PodProxy, arrival, outbound::patient, peer, peer::Failed, reset, reusable_until};
@@ -22,8 +21,9 @@ use crate::{
     policy::{DenyReason, Verdict},
     stats::{Direction, HandshakeFailure, Kind, Parties, Party},
     tunnel::{
-        AppSocket, Header, ReadAhead, Reason, Refusal, Role, relay, relay_plain,
+        AppSocket, Header, Reason, Refusal, Role, relay, relay_plain,
         server::{self, TunnelError},
+        tls::{Stream, accept, is_worn, peer_certificates},
     },
 };
 
@@ -62,7 +62,7 @@ pub(super) async fn connection(
         Verdict::Deny(_) | Verdict::Mesh(_) => {
             // Apart: its state is larger than all that a tunnel needs afterwards.
             match Box::pin(handshake(pod, stream, source, kill)).await {
-                Ok((mut tunnel, header)) => tunnel.serve(header, client, destination).await,
+                Ok(mut tunnel) => tunnel.serve(client, destination).await,
                 Err(failed) => {
                     pod.no_tunnel(Direction::Inbound, client, &failed);
                     if failed.kind == HandshakeFailure::Protocol {
@@ -101,7 +101,7 @@ async fn plaintext(pod: &PodProxy, stream: TcpStream, parties: Parties, kill: &C
 /// A tunnel from a client that has proven who it is.
 struct Tunnel<'a> {
     pod: &'a PodProxy,
-    stream: TlsStream<ReadAhead<TcpStream>>,
+    stream: Stream,
     client: Leaf,
     /// The certificate that this pod has shown.
     svid: Arc<Svid>,
@@ -109,21 +109,19 @@ struct Tunnel<'a> {
     kill: &'a CancellationToken,
 }
 
-/// A tunnel whose client has proven who it is and wants a first connection, all of it within
-/// `timeouts.handshake`.
+/// A tunnel whose client has proven who it is within `timeouts.handshake`.
 async fn handshake<'a>(
     pod: &'a PodProxy,
     stream: TcpStream,
     source: IpAddr,
     kill: &'a CancellationToken,
-) -> Result<(Tunnel<'a>, Header), Failed> {
+) -> Result<Tunnel<'a>, Failed> {
     let place = pod.arriving.enter(source);
     if place.is_crowded() {
         reset(&stream);
         let detail = "the peer has too many unfinished handshakes";
         return Err(Failed::new(HandshakeFailure::Overloaded, detail));
     }
-    let deadline = Instant::now() + pod.timeouts.handshake;
     let going = |_| Failed::new(HandshakeFailure::Closed, "the pod is going");
     let late = |_| Failed::new(HandshakeFailure::Timeout, "the peer did not finish it in time");
     let proven = async {
@@ -134,19 +132,12 @@ async fn handshake<'a>(
         greeting(&stream).await?;
         let _share = place.share().await.map_err(going)?;
         let _turn = place.turn().await.map_err(going)?;
-        let accept = TlsAcceptor::from(Arc::clone(&svid.server)).accept(ReadAhead::new(stream));
-        let stream = accept.await.map_err(|error| Failed::tls(&error))?;
-        let client = peer::leaf(stream.get_ref().1)?;
+        let stream = accept(&svid.server, stream).await.map_err(|error| Failed::tls(&error))?;
+        let client = peer::leaf(&stream)?;
         pod.stats.handshake(Direction::Inbound);
         Ok(Tunnel { pod, stream, client, svid, kill })
     };
-    let mut tunnel = timeout_at(deadline, proven).await.map_err(late)??;
-    let opened = timeout_at(deadline, server::next_open(&mut tunnel.stream)).await.map_err(late)?;
-    match opened {
-        Ok(Some(header)) => Ok((tunnel, header)),
-        Ok(None) => Err(Failed::new(HandshakeFailure::Closed, "it asked for no connection")),
-        Err(error) => Err(Failed::new(HandshakeFailure::Closed, error.to_string())),
-    }
+    timeout(pod.timeouts.handshake, proven).await.map_err(late)?
 }
 
 /// Waits for the first byte. What is no handshake gets a reset, not an alert that its client would
@@ -165,20 +156,20 @@ async fn greeting(stream: &TcpStream) -> Result<(), Failed> {
 }
 
 impl Tunnel<'_> {
-    /// Serves one connection after the other.
-    async fn serve(&mut self, first: Header, peer: SocketAddr, destination: SocketAddr) {
-        let mut next = Some(first);
-        while let Some(header) = next {
-            if !self.carry(header, peer, destination).await {
-                return;
-            }
+    /// Serves one connection after the other. The first may be long in coming: the client may have
+    /// made the tunnel in advance.
+    async fn serve(&mut self, peer: SocketAddr, destination: SocketAddr) {
+        while !is_worn(&self.stream) {
             let lapse = lapse(self.pod, &self.svid, &self.client);
             let opened = tokio::select! {
                 biased;
                 opened = server::next_open(&mut self.stream) => opened,
                 () = lapse => break,
             };
-            next = self.opened(opened, peer);
+            let Some(header) = self.opened(opened, peer) else { return };
+            if !self.carry(header, peer, destination).await {
+                return;
+            }
         }
         // Told once that none should come, the client may have asked for one more by then.
         if server::go_away(&mut self.stream).await.is_ok()
@@ -274,8 +265,7 @@ impl Tunnel<'_> {
         if Arc::ptr_eq(&current.bundle, &svid.bundle) {
             return Ok(());
         }
-        let chain = stream.get_ref().1.peer_certificates().unwrap_or_default();
-        current.trusts(chain, now).map(drop).map_err(|error| error.to_string())
+        current.trusts(peer_certificates(stream), now).map(drop).map_err(|error| error.to_string())
     }
 }
 

@@ -10,6 +10,7 @@ mod neighbour;
 mod outbound;
 mod peer;
 mod route;
+mod warm;
 
 use std::{
     hash::{DefaultHasher, Hash as _, Hasher as _},
@@ -26,12 +27,11 @@ use tokio::{
     net::{TcpListener, TcpStream},
     sync::watch,
 };
-use tokio_rustls::client::TlsStream;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub(crate) use self::admission::Admission;
-pub use self::neighbour::Neighbours;
 use self::peer::Failed;
+pub use self::{neighbour::Neighbours, warm::Habits};
 use crate::{
     balance::Balancer,
     config::Timeouts,
@@ -39,7 +39,7 @@ use crate::{
     pod::sockets::{Facing, PodSockets},
     policy::{Open, Policy},
     stats::{Connection, Direction, HandshakeFailure, Kind, Parties, PodStats},
-    tunnel::{AppSocket, Pool, ReadAhead},
+    tunnel::{AppSocket, Pool, tls::Stream},
 };
 
 /// How long to wait before the next try when the agent is out of file descriptors or memory.
@@ -59,9 +59,6 @@ const TURN_PATIENCE: Duration = Duration::from_secs(30);
 /// Tunnels are given up before they expire, so that no connection is asked for just then.
 const EXPIRY_MARGIN: Duration = Duration::from_secs(2);
 
-/// A tunnel, to the client's agent.
-pub type ClientStream = TlsStream<ReadAhead<TcpStream>>;
-
 /// Everything that the connections of one pod have in common.
 pub struct PodProxy {
     /// The pod's UID.
@@ -76,6 +73,8 @@ pub struct PodProxy {
     pub policy: Arc<Policy>,
     /// Which endpoint of a service a connection goes to.
     pub balancer: Arc<Balancer>,
+    /// What the node's workloads have connected to lately.
+    pub habits: Arc<Habits>,
     /// The pods that need no tunnel.
     pub neighbours: Arc<Neighbours>,
     /// The pod's counts.
@@ -83,7 +82,7 @@ pub struct PodProxy {
     /// When a failure of one of the pod's tunnels was last logged as a warning.
     pub warned: Mutex<Option<Instant>>,
     /// The node's idle tunnels.
-    pub pool: Pool<ClientStream>,
+    pub pool: Pool<Stream>,
     /// Bounds what the pod has under way to peers that have not proven yet who they are.
     pub(crate) leaving: Admission,
     /// Bounds what such peers have under way to the pod.

@@ -1,14 +1,18 @@
 //! A connection that an application in the pod opened.
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use rustls::pki_types::ServerName;
 use tokio::time::timeout;
-use tokio_rustls::TlsConnector;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    ClientStream, PodProxy, TURN_PATIENCE, arrival,
+    PodProxy, TURN_PATIENCE, arrival,
     neighbour::Crossing,
     peer,
     peer::Failed,
@@ -20,9 +24,10 @@ use crate::{
     identity::{Svid, Workload},
     stats::{Direction, HandshakeFailure, Parties, Party},
     tunnel::{
-        AppSocket, End, Header, ReadAhead, Reason, Role, TraceId, Traffic,
+        AppSocket, End, Header, Reason, Role, TraceId, Traffic,
         pool::{Key, Proof, Tunnel},
         relay, relay_plain,
+        tls::{Stream, connect, is_worn},
     },
 };
 
@@ -50,6 +55,9 @@ pub(super) async fn connection(
             return pod.stats.deny(&parties, reason);
         }
     };
+    if let Some(own) = parties.client.workload.as_ref().filter(|_| hop.is_in_mesh()) {
+        pod.habits.note(&own.id, destination, Instant::now());
+    }
     parties.endpoint = hop.endpoint();
     parties.server.workload = hop.server().cloned();
     parties.trace = hop.is_in_mesh().then_some(trace);
@@ -69,7 +77,7 @@ pub(super) async fn connection(
                 } else {
                     Role::Client(header)
                 };
-                let mesh = Mesh { pod, client, address: hop.address, own, server };
+                let mesh = Mesh { pod, client: client.ip(), address: hop.address, own, server };
                 mesh.carry(app, role, guard.traffic()).await
             }
         };
@@ -118,13 +126,14 @@ async fn plaintext(
 }
 
 /// A connection to another pod of the mesh.
-struct Mesh<'a> {
-    pod: &'a PodProxy,
-    client: SocketAddr,
+pub(super) struct Mesh<'a> {
+    pub(super) pod: &'a PodProxy,
+    /// The address that the application has.
+    pub(super) client: IpAddr,
     /// What is dialled.
-    address: SocketAddr,
-    own: &'a Workload,
-    server: &'a Workload,
+    pub(super) address: SocketAddr,
+    pub(super) own: &'a Workload,
+    pub(super) server: &'a Workload,
 }
 
 impl Mesh<'_> {
@@ -138,7 +147,7 @@ impl Mesh<'_> {
                 }
             };
             let outcome = relay(app, &mut tunnel.stream, role, traffic).await;
-            if outcome.reusable {
+            if outcome.reusable && !is_worn(&tunnel.stream) {
                 self.pod.pool.put(tunnel);
             }
             match outcome.untouched {
@@ -155,19 +164,12 @@ impl Mesh<'_> {
     }
 
     /// A tunnel that is ready for a connection, and whether it has carried others.
-    async fn tunnel(&self) -> Result<(Tunnel<ClientStream>, bool), Failed> {
+    async fn tunnel(&self) -> Result<(Tunnel<Stream>, bool), Failed> {
         let svid = self.pod.svid().await.ok_or_else(|| {
             let detail = "the control plane has issued none, or it has expired";
             Failed::new(HandshakeFailure::NoCertificate, detail)
         })?;
-        let (client, source) = (Arc::clone(&self.pod.uid), self.client.ip());
-        let key = Key { client, source, destination: self.address };
-        let proof = Proof {
-            certificate: svid.generation,
-            // A change of the bundle makes another generation.
-            bundle: 0,
-            registration: registration([self.own, self.server]),
-        };
+        let (key, proof) = self.terms(&svid);
         match self.pod.pool.take(&key, proof) {
             Some(pooled) => Ok((pooled, true)),
             // Apart: its state is larger than all that a connection needs afterwards.
@@ -175,12 +177,25 @@ impl Mesh<'_> {
         }
     }
 
-    async fn handshake(
+    /// What a tunnel connects, and what it has to be authenticated under.
+    pub(super) fn terms(&self, svid: &Svid) -> (Key, Proof) {
+        let Self { pod, client, address, own, server } = *self;
+        let key = Key { client: Arc::clone(&pod.uid), source: client, destination: address };
+        let proof = Proof {
+            certificate: svid.generation,
+            // A change of the bundle makes another generation.
+            bundle: 0,
+            registration: registration([own, server]),
+        };
+        (key, proof)
+    }
+
+    pub(super) async fn handshake(
         &self,
         svid: &Svid,
         key: Key,
         proof: Proof,
-    ) -> Result<Tunnel<ClientStream>, Failed> {
+    ) -> Result<Tunnel<Stream>, Failed> {
         let Self { pod, client, address, server, .. } = self;
         let place = pod.leaving.enter(address.ip());
         let busy = |_| {
@@ -191,17 +206,16 @@ impl Mesh<'_> {
         // Before the peer hears of it: what it has accepted counts there.
         let share = timeout(TURN_PATIENCE, place.share()).await.map_err(busy)?;
         let _share = share.map_err(closed)?;
-        let dial = pod.sockets.dial_network(client.ip(), *address, Tag::Tunnel);
+        let dial = pod.sockets.dial_network(*client, *address, Tag::Tunnel);
         let tcp = patient(pod.timeouts.dial, dial)
             .await
             .map_err(|error| Failed::new(HandshakeFailure::Unreachable, error.to_string()))?;
         // Not before, or peers that nobody answers for would take every turn.
         let _turn = place.turn().await.map_err(closed)?;
         let name = ServerName::IpAddress(address.ip().into());
-        let connect =
-            TlsConnector::from(Arc::clone(&svid.client)).connect(name, ReadAhead::new(tcp));
+        let connect = connect(&svid.client, name, tcp);
         let stream = patient(pod.timeouts.handshake, connect).await.map_err(|e| Failed::tls(&e))?;
-        let leaf = peer::leaf(stream.get_ref().1)?;
+        let leaf = peer::leaf(&stream)?;
         peer::check(&leaf, server)?;
         pod.stats.handshake(Direction::Outbound);
         Ok(Tunnel { key, proof, not_after: reusable_until([&leaf, &svid.leaf]), stream })

@@ -2,16 +2,14 @@
 
 use std::io;
 
-use mesh_common::{
-    spiffe::SpiffeId,
-    svid::{Leaf, SvidError},
-};
-use rustls::CommonState;
-
 use crate::{
     identity::{Chain, Workload},
     stats::HandshakeFailure,
-    tunnel::ALPN,
+    tunnel::tls::{Stream, peer_certificates},
+};
+use mesh_common::{
+    spiffe::SpiffeId,
+    svid::{Leaf, SvidError},
 };
 
 /// A handshake that did not lead to a tunnel: the kind, and what an operator should read.
@@ -36,14 +34,10 @@ impl Failed {
 ///
 /// # Errors
 ///
-/// When the peer negotiated another protocol or shows no certificate of the mesh.
-pub(super) fn leaf(connection: &CommonState) -> Result<Leaf, Failed> {
-    if connection.alpn_protocol() != Some(ALPN) {
-        let detail = "it did not agree on nodemesh/1 (ALPN)";
-        return Err(Failed::new(HandshakeFailure::Protocol, detail));
-    }
-    let certificate = connection.peer_certificates().and_then(<[_]>::first);
-    let certificate = certificate
+/// When the peer shows no certificate of the mesh.
+pub(super) fn leaf(stream: &Stream) -> Result<Leaf, Failed> {
+    let certificate = peer_certificates(stream)
+        .first()
         .ok_or_else(|| Failed::new(HandshakeFailure::Certificate, "it showed no certificate"))?;
     Leaf::parse(certificate)
         .map_err(|error: SvidError| Failed::new(HandshakeFailure::Certificate, error.to_string()))

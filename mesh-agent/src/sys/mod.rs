@@ -3,3 +3,4 @@
 pub(crate) mod async_fd;
 pub(crate) mod bpf;
 pub(crate) mod socket;
+pub(crate) mod tls;

@@ -67,7 +67,7 @@ pub(crate) fn limit_backoff(socket: BorrowedFd<'_>, longest: Duration) -> io::Re
     set(socket, libc::IPPROTO_TCP, TCP_RTO_MAX_MS, milliseconds.clamp(1_000, 120_000))
 }
 
-fn set(socket: BorrowedFd<'_>, level: i32, option: i32, value: u32) -> io::Result<()> {
+pub(super) fn set(socket: BorrowedFd<'_>, level: i32, option: i32, value: u32) -> io::Result<()> {
     // SAFETY: the value outlives the call, and its size is given.
     let result = unsafe {
         libc::setsockopt(

@@ -7,6 +7,7 @@
 //! * [`frame`]: values and bytes. Pure.
 //! * [`relay`](relay()): one connection over one tunnel, for either agent. [`relay_plain`]: the
 //!   same without a tunnel.
+//! * [`tls`]: the handshake, and [`kernel_tls`]: who encrypts when rustls does not.
 //! * [`server`]: what a server does with an idle tunnel. [`pool`]: where a client keeps its own.
 //!
 //! The client's agent, for a connection that an application has opened:
@@ -83,11 +84,13 @@
 mod app;
 mod buffer;
 pub mod frame;
+pub mod kernel_tls;
 mod plain;
 pub mod pool;
 mod pump;
 mod relay;
 pub mod server;
+pub mod tls;
 
 pub use app::{App, AppSocket};
 pub use buffer::ReadAhead;

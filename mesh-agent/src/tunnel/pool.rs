@@ -10,7 +10,7 @@ use std::{
 };
 
 use tokio::{
-    sync::Notify,
+    sync::{Notify, watch},
     task::coop,
     time::{Instant, sleep_until},
 };
@@ -31,7 +31,7 @@ pub struct Key {
 
 /// What a tunnel's authentication rested on. A tunnel serves another connection only while all of
 /// it still holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Proof {
     /// The generation of the client pod's certificate.
     pub certificate: u64,
@@ -90,6 +90,7 @@ struct Shared<T> {
     limits: PoolLimits,
     idle: Mutex<Idle<T>>,
     alarm: Arc<Alarm>,
+    ended: watch::Sender<()>,
 }
 
 #[derive(Debug)]
@@ -147,7 +148,8 @@ impl<T: Transport + Send + 'static> Pool<T> {
     pub fn new(limits: PoolLimits) -> Self {
         let idle = Idle { tunnels: HashMap::new(), by_age: BTreeMap::new(), next_id: 0 };
         let alarm = Arc::<Alarm>::default();
-        let shared = Arc::new(Shared { limits, idle: Mutex::new(idle), alarm: Arc::clone(&alarm) });
+        let (idle, ended) = (Mutex::new(idle), watch::channel(()).0);
+        let shared = Arc::new(Shared { limits, idle, alarm: Arc::clone(&alarm), ended });
         tokio::spawn(keep(Arc::downgrade(&shared), alarm, limits.idle));
         Self(shared)
     }
@@ -166,9 +168,30 @@ impl<T: Transport + Send + 'static> Pool<T> {
         }
     }
 
+    /// Whether it keeps tunnels at all.
+    #[must_use]
+    pub fn keeps_any(&self) -> bool {
+        self.0.limits.per_key > 0
+    }
+
+    /// Changes whenever servers have ended idle tunnels.
+    #[must_use]
+    pub fn ended(&self) -> watch::Receiver<()> {
+        self.0.ended.subscribe()
+    }
+
+    /// Whether there is a tunnel that [`Self::take`] would give, unless it ends meanwhile.
+    #[must_use]
+    pub fn has(&self, key: &Key, proof: Proof) -> bool {
+        let now = SystemTime::now();
+        let idle = lock(&self.0.idle);
+        let good = |entry: &Entry<T>| entry.tunnel.proof == proof && now < entry.tunnel.not_after;
+        idle.tunnels.get(key).is_some_and(|entries| entries.iter().any(good))
+    }
+
     /// Keeps an idle tunnel, if it still is one and there is room for it.
     pub fn put(&self, mut tunnel: Tunnel<T>) {
-        let Shared { limits, idle, alarm } = &*self.0;
+        let Shared { limits, idle, alarm, .. } = &*self.0;
         let mut evicted = None;
         let mut idle = lock(idle);
         let id = idle.next_id;
@@ -287,6 +310,9 @@ async fn keep<T: Transport>(pool: Weak<Shared<T>>, alarm: Arc<Alarm>, limit: Dur
             if ended {
                 dropped.extend(idle.remove(id));
             }
+        }
+        if !dropped.is_empty() {
+            shared.ended.send_replace(());
         }
         let now = Instant::now();
         wake_at = now + limit;

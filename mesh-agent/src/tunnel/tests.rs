@@ -4,5 +4,5 @@ mod bounds;
 mod connection;
 mod corpus;
 mod hostile;
-mod lab;
+pub(super) mod lab;
 mod plain;

@@ -1,11 +1,11 @@
 //! The real agent of a node, in the node's namespace.
 
-use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::{env, fs};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
@@ -13,6 +13,9 @@ use super::topology::{POD_RANGE_V4, POD_RANGE_V6};
 use super::{Control, Lab, Node, Pod, Process, binary, http, json_of, run_program, until};
 
 const HTTP_PORT: u16 = 9465;
+
+/// Set to anything: the kernel encrypts tunnels, and a kernel that cannot is an error.
+const KERNEL_TLS: &str = "NODEMESH_TEST_KERNEL_TLS";
 
 /// A `mesh-agent` that runs.
 #[derive(Debug)]
@@ -33,6 +36,11 @@ impl Lab {
         let token = control.token(node.node_name())?;
         let mut agent = self.agent_with_token(node, &token, extra)?;
         agent.wait_ready()?;
+        if kernel_tls() {
+            let status = agent.status()?;
+            let said = &status["kernel_tls"];
+            ensure!(said == "in use", "{KERNEL_TLS} is set, but TLS in the kernel is {said}");
+        }
         Ok(agent)
     }
 
@@ -50,13 +58,15 @@ impl Lab {
         let config = directory.join("config.yaml");
         let text = format!(
             "node: {}\ncontrol_plane: [\"{}\"]\ncluster_ranges: [{POD_RANGE_V4}, \"{POD_RANGE_V6}\"]\n\
-             join_token_file: {}\nruntime_dir: {}\npods_dir: {}\nbpffs: {}\n{extra}\n",
+             join_token_file: {}\nruntime_dir: {}\npods_dir: {}\nbpffs: {}\n\
+             kernel_tls: {}\n{extra}\n",
             node.node_name(),
             Control::endpoint(),
             token_file.display(),
             runtime.display(),
             pods.display(),
             bpffs.display(),
+            kernel_tls(),
         );
         fs::write(&config, text)?;
         let log = self.logs().join(format!("agent-{}.log", node.node_name()));
@@ -176,6 +186,10 @@ impl Agent {
         .and_then(|ready| ready)
         .with_context(|| self.process.log_tail())
     }
+}
+
+fn kernel_tls() -> bool {
+    env::var_os(KERNEL_TLS).is_some_and(|value| !value.is_empty())
 }
 
 fn start(node: &Node, config: &Path, log: &Path) -> Result<Process> {

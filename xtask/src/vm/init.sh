@@ -35,14 +35,15 @@ mount -t bpf bpf /sys/fs/bpf
 mount -t tracefs tracefs /sys/kernel/tracing
 ip link set lo up
 # What the kernel does not load by itself.
-for module in tls cls_bpf sch_ingress tcp_diag inet_diag; do busybox modprobe $module; done
+for module in tls aesni_intel ghash_clmulni_intel cls_bpf sch_ingress tcp_diag inet_diag; do
+    busybox modprobe $module
+done
 echo "nodemesh-vm: $(uname -sr)"
-read -r arguments < /tmp/job/arguments
 failed=
-while read -r test; do
-    echo "nodemesh-vm: $test"
-    # shellcheck disable=SC2086 # they are words
-    "$test" $arguments || failed="$failed $(basename "$test")"
-done < /tmp/job/tests
+while read -r command; do
+    echo "nodemesh-vm: $command"
+    # shellcheck disable=SC2086 # it is words
+    env $command </dev/null || failed="$failed${failed:+; }$command"
+done < /tmp/job/commands
 echo "nodemesh-vm: exit ${failed:-0}"
 busybox poweroff -f

@@ -10,6 +10,7 @@ mesh-agent 0.1.0 on node-1, up 3h 12m: healthy
 control plane     connected to mesh-control:9464 for 3h 12m, snapshot 42, synced 12s ago
 node certificate  serial 80000f, expires in 4h 0m, rotates in 2h 0m
 eBPF programs     connect4
+kernel TLS        off
 
 pod shop/cart-0 (u1) at /run/netns/cart
   identity     spiffe://td/ns/shop/sa/cart

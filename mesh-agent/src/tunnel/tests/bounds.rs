@@ -15,8 +15,8 @@ use tokio::{
 };
 
 use super::{
-    super::{App, AppSocket, Role, Traffic, frame::MAX_FRAME, relay},
-    lab::{ClientTunnel, header, tcp_pair, tls_configs, within},
+    super::{App, AppSocket, Role, Traffic, frame::MAX_FRAME, relay, tls::Stream},
+    lab::{header, tcp_pair, tls_configs, within},
 };
 
 /// An application in memory.
@@ -190,7 +190,7 @@ async fn an_idle_connection_is_small() {
     let idle = relay::<AppSocket, BufReader<TcpStream>>(app, &mut tunnel, Role::Server, &traffic);
     let size = size_of_val(&idle);
     assert!(size <= 1024, "the relay's future takes {size} bytes");
-    assert!(size_of::<ClientTunnel>() <= 4096);
+    assert!(size_of::<Stream>() <= 4096);
 }
 
 #[tokio::test]

@@ -13,31 +13,32 @@ use tokio::{
     net::{TcpListener, TcpStream},
     task::JoinHandle,
 };
-use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
 
 use super::super::{
-    ALPN, AppSocket, Header, Outcome, ReadAhead, Role, TraceId, Traffic, relay, server::next_open,
+    ALPN, AppSocket, Header, Outcome, Role, TraceId, Traffic, relay,
+    server::next_open,
+    tls::{Stream, accept, connect},
 };
 
-pub(super) type ClientTunnel = client::TlsStream<ReadAhead<TcpStream>>;
-pub(super) type ServerTunnel = server::TlsStream<ReadAhead<TcpStream>>;
+/// Names the ends of the tests' tunnels that the kernel is to encrypt: `client`, `server` or both.
+const KERNEL_TLS: &str = "NODEMESH_TEST_KERNEL_TLS";
 
 /// Nothing here takes that long unless it hangs.
 const DEADLINE: Duration = Duration::from_secs(60);
 
-pub(super) async fn within<F: Future>(what: &str, future: F) -> F::Output {
+pub(in crate::tunnel) async fn within<F: Future>(what: &str, future: F) -> F::Output {
     tokio::time::timeout(DEADLINE, future).await.unwrap_or_else(|_| panic!("{what}: it hangs"))
 }
 
 /// Both ends of a TCP connection.
-pub(super) async fn tcp_pair() -> (TcpStream, TcpStream) {
+pub(in crate::tunnel) async fn tcp_pair() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
     let dial = TcpStream::connect(listener.local_addr().unwrap());
     let (near, far) = tokio::join!(dial, listener.accept());
     (near.unwrap(), far.unwrap().0)
 }
 
-pub(super) fn tls_configs() -> (Arc<ClientConfig>, Arc<ServerConfig>) {
+pub(in crate::tunnel) fn tls_configs() -> (Arc<ClientConfig>, Arc<ServerConfig>) {
     let rcgen::CertifiedKey { cert, signing_key } =
         rcgen::generate_simple_self_signed(["tunnel.test".to_owned()]).unwrap();
     let mut roots = RootCertStore::empty();
@@ -63,39 +64,48 @@ pub(super) fn tls_configs() -> (Arc<ClientConfig>, Arc<ServerConfig>) {
 }
 
 /// A tunnel, both ends of it.
-pub(super) async fn tunnel() -> (ClientTunnel, ServerTunnel) {
-    let (near, far) = tcp_pair().await;
-    // As the agents do, and without it every second small record waits for a delayed ACK.
-    near.set_nodelay(true).unwrap();
-    far.set_nodelay(true).unwrap();
-    let (client, server) = tls_configs();
-    let name = "tunnel.test".try_into().unwrap();
-    let connect = TlsConnector::from(client).connect(name, ReadAhead::new(near));
-    let (near, far) = tokio::join!(connect, TlsAcceptor::from(server).accept(ReadAhead::new(far)));
-    (near.unwrap(), far.unwrap())
+pub(in crate::tunnel) async fn tunnel() -> (Stream, Stream) {
+    let ends = std::env::var(KERNEL_TLS).unwrap_or_default();
+    tunnel_between(ends.contains("client"), ends.contains("server")).await.unwrap()
 }
 
-pub(super) fn header() -> Header {
+/// A tunnel whose ends the kernel encrypts, or not.
+pub(in crate::tunnel) async fn tunnel_between(
+    client_in_kernel: bool,
+    server_in_kernel: bool,
+) -> io::Result<(Stream, Stream)> {
+    let (near, far) = tcp_pair().await;
+    // As the agents do, and without it every second small record waits for a delayed ACK.
+    near.set_nodelay(true)?;
+    far.set_nodelay(true)?;
+    let (mut client, mut server) = tls_configs();
+    Arc::make_mut(&mut client).enable_secret_extraction = client_in_kernel;
+    Arc::make_mut(&mut server).enable_secret_extraction = server_in_kernel;
+    let name = "tunnel.test".try_into().unwrap();
+    tokio::try_join!(connect(&client, name, near), accept(&server, far))
+}
+
+pub(in crate::tunnel) fn header() -> Header {
     Header::new(SocketAddr::from(([192, 0, 2, 7], 40_001)), TraceId([0xab; 16]))
 }
 
 /// One agent's half of a connection: what became of it, and the tunnel back.
-pub(super) type Agent<T> = JoinHandle<(Outcome, T)>;
+pub(in crate::tunnel) type Agent = JoinHandle<(Outcome, Stream)>;
 
 /// A connection in progress.
-pub(super) struct Connection {
+pub(in crate::tunnel) struct Connection {
     /// The client's application.
-    pub(super) client: TcpStream,
+    pub(in crate::tunnel) client: TcpStream,
     /// The server's application.
-    pub(super) server: TcpStream,
-    pub(super) client_agent: Agent<ClientTunnel>,
-    pub(super) server_agent: Agent<ServerTunnel>,
-    pub(super) traffic: Arc<Traffic>,
+    pub(in crate::tunnel) server: TcpStream,
+    pub(in crate::tunnel) client_agent: Agent,
+    pub(in crate::tunnel) server_agent: Agent,
+    pub(in crate::tunnel) traffic: Arc<Traffic>,
 }
 
 impl Connection {
     /// Opens a connection through an idle tunnel.
-    pub(super) async fn open((near, far): (ClientTunnel, ServerTunnel)) -> Self {
+    pub(in crate::tunnel) async fn open((near, far): (Stream, Stream)) -> Self {
         let (client, client_side) = tcp_pair().await;
         let (server, server_side) = tcp_pair().await;
         let traffic = Arc::<Traffic>::default();
@@ -108,12 +118,12 @@ impl Connection {
         }
     }
 
-    pub(super) async fn new() -> Self {
+    pub(in crate::tunnel) async fn new() -> Self {
         Self::open(tunnel().await).await
     }
 
     /// Both agents' words for how it ended, and the tunnel, which must be idle again.
-    pub(super) async fn ended(self) -> (&'static str, &'static str, (ClientTunnel, ServerTunnel)) {
+    pub(in crate::tunnel) async fn ended(self) -> (&'static str, &'static str, (Stream, Stream)) {
         let (at_client, near) = joined(self.client_agent).await;
         let (at_server, far) = joined(self.server_agent).await;
         assert!(at_client.reusable, "the client's agent: {}", at_client.end);
@@ -122,24 +132,24 @@ impl Connection {
     }
 }
 
-pub(super) async fn joined<T>(agent: Agent<T>) -> (Outcome, T) {
+pub(in crate::tunnel) async fn joined(agent: Agent) -> (Outcome, Stream) {
     within("the agent", agent).await.unwrap()
 }
 
-pub(super) fn client_agent(
+pub(in crate::tunnel) fn client_agent(
     app: TcpStream,
-    tunnel: ClientTunnel,
+    tunnel: Stream,
     traffic: Arc<Traffic>,
-) -> Agent<ClientTunnel> {
+) -> Agent {
     client_agent_as(Role::Client(header()), app, tunnel, traffic)
 }
 
-pub(super) fn client_agent_as(
+pub(in crate::tunnel) fn client_agent_as(
     role: Role,
     app: TcpStream,
-    mut tunnel: ClientTunnel,
+    mut tunnel: Stream,
     traffic: Arc<Traffic>,
-) -> Agent<ClientTunnel> {
+) -> Agent {
     let app = AppSocket::new(app).unwrap();
     tokio::spawn(async move {
         let outcome = relay(app, &mut tunnel, role, &traffic).await;
@@ -147,7 +157,7 @@ pub(super) fn client_agent_as(
     })
 }
 
-pub(super) fn server_agent(app: TcpStream, mut tunnel: ServerTunnel) -> Agent<ServerTunnel> {
+pub(in crate::tunnel) fn server_agent(app: TcpStream, mut tunnel: Stream) -> Agent {
     let app = AppSocket::new(app).unwrap();
     tokio::spawn(async move {
         let opened = next_open(&mut tunnel).await.unwrap();
@@ -158,14 +168,16 @@ pub(super) fn server_agent(app: TcpStream, mut tunnel: ServerTunnel) -> Agent<Se
 }
 
 /// Reads to a clean end.
-pub(super) async fn read_all(stream: &mut (impl tokio::io::AsyncRead + Unpin)) -> Vec<u8> {
+pub(in crate::tunnel) async fn read_all(
+    stream: &mut (impl tokio::io::AsyncRead + Unpin),
+) -> Vec<u8> {
     let mut bytes = Vec::new();
     within("a read", stream.read_to_end(&mut bytes)).await.unwrap();
     bytes
 }
 
 /// Reads until something else than bytes comes, which must be a reset.
-pub(super) async fn assert_reset(stream: &mut TcpStream) {
+pub(in crate::tunnel) async fn assert_reset(stream: &mut TcpStream) {
     let mut bytes = Vec::new();
     let error = within("a read", stream.read_to_end(&mut bytes)).await;
     let error = error.expect_err("a clean end where a reset is due");
@@ -173,16 +185,22 @@ pub(super) async fn assert_reset(stream: &mut TcpStream) {
 }
 
 /// Resets a connection.
-pub(super) fn reset(stream: TcpStream) {
+pub(in crate::tunnel) fn reset(stream: TcpStream) {
     socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
 }
 
-pub(super) async fn say(stream: &mut (impl tokio::io::AsyncWrite + Unpin), bytes: &[u8]) {
+pub(in crate::tunnel) async fn say(
+    stream: &mut (impl tokio::io::AsyncWrite + Unpin),
+    bytes: &[u8],
+) {
     within("a write", stream.write_all(bytes)).await.unwrap();
     within("a flush", stream.flush()).await.unwrap();
 }
 
-pub(super) async fn hear(stream: &mut (impl tokio::io::AsyncRead + Unpin), bytes: &[u8]) {
+pub(in crate::tunnel) async fn hear(
+    stream: &mut (impl tokio::io::AsyncRead + Unpin),
+    bytes: &[u8],
+) {
     let mut heard = vec![0; bytes.len()];
     within("a read", stream.read_exact(&mut heard)).await.unwrap();
     assert_eq!(heard, bytes);
