@@ -8,7 +8,7 @@ use anyhow::{Result, bail, ensure};
 use xtask::lab::mesh::{Settings, pods};
 use xtask::lab::raw::{PacketSocket, frame, gateway_address, tcp_packet};
 use xtask::lab::traffic::exchange;
-use xtask::lab::{Canary, Mesh, Pod, until, volume};
+use xtask::lab::{Canary, Mesh, Pod, kernel_before, until, volume};
 
 const PORT: u16 = 8080;
 const IPV4: u16 = 0x0800;
@@ -85,18 +85,26 @@ fn who_enrols_an_enrolled_pod_is_told_how_it_is_now() -> Result<()> {
     let mut mesh = Mesh::new("who_enrols_an_enrolled_pod_is_told_how_it_is_now")?;
     let client = mesh.pod(0, "client")?;
     let pins = mesh.agents[0].bpffs().join("nodemesh/v1");
-    let guards = device_guards(&pins.join("pods"))?;
-    ensure!(!guards.is_empty(), "nothing was pinned");
-    for guard in &guards {
-        fs::remove_file(guard)?;
+    if kernel_before((6, 6)) {
+        let filters = |what| client.output("tc", &["filter", what, "dev", "eth0", "egress"]);
+        ensure!(filters("show")?.contains("device"), "there is no filter");
+        filters("del")?;
+        mesh.enroll(&client)?;
+        ensure!(filters("show")?.contains("device"), "the filter was not put back");
+    } else {
+        let guards = device_guards(&pins.join("pods"))?;
+        ensure!(!guards.is_empty(), "nothing was pinned");
+        for guard in &guards {
+            fs::remove_file(guard)?;
+        }
+        mesh.enroll(&client)?;
+        let renewed = device_guards(&pins.join("pods"))?;
+        ensure!(renewed.len() == guards.len(), "{renewed:?} in place of {guards:?}");
     }
-    mesh.enroll(&client)?;
-    let renewed = device_guards(&pins.join("pods"))?;
-    ensure!(renewed.len() == guards.len(), "{renewed:?} in place of {guards:?}");
 
-    fs::remove_file(pins.join("links/egress"))?;
-    let Err(error) = mesh.enroll(&client) else { bail!("enrolled without a guard") };
-    ensure!(format!("{error:#}").contains("egress is not attached"), "{error:#}");
+    fs::remove_file(pins.join("links/connect4"))?;
+    let Err(error) = mesh.enroll(&client) else { bail!("enrolled without a program") };
+    ensure!(format!("{error:#}").contains("connect4 is not attached"), "{error:#}");
     mesh.agents[0].restart()?;
     mesh.enroll(&client)
 }

@@ -12,7 +12,7 @@ use nix::libc::{IPPROTO_RAW, IPPROTO_TCP};
 use socket2::{Domain, SockRef, Socket, Type};
 use xtask::lab::raw::{self, PacketSocket, frame, tcp_packet};
 use xtask::lab::traffic::{exchange, reset_on_close};
-use xtask::lab::{Canary, Mesh, Netns, Pod, Server, socket_guard, until};
+use xtask::lab::{Canary, Mesh, Netns, Pod, Server, kernel_before, socket_guard, until};
 
 const PORT: u16 = 8080;
 const FAMILIES: [usize; 2] = [0, 1];
@@ -329,7 +329,9 @@ fn vlan_tags_and_unknown_ethertypes() -> Result<()> {
 fn the_device_in_a_namespace_of_its_own() -> Result<()> {
     for family in FAMILIES {
         let mut range = Range::new(&format!("the_device_in_a_namespace_of_its_own-{family}"))?;
-        range.attack(family, &[BY_DEVICE], |attack| {
+        // A guard that is no link (before tcx) stays behind.
+        let guard = if kernel_before((6, 6)) { BY_PEER } else { BY_DEVICE };
+        range.attack(family, &[guard], |attack| {
             let role = format!("nested-{}", attack.pod.pod_name());
             let nested = attack.mesh.lab.add_namespace(&role)?;
             attack.pod.ip(&[format!("link set dev eth0 netns {}", nested.name())])?;

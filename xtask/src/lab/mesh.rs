@@ -162,17 +162,8 @@ impl Mesh {
 
 /// The layer of the guard that stops what a pod's sockets send: the first, or the second where the
 /// kernel does not tell the first whose a packet is (before Linux 6.12).
-///
-/// # Panics
-///
-/// If the kernel's version is none.
 pub fn socket_guard() -> &'static str {
-    let kernel = nix::sys::utsname::uname().expect("uname");
-    let release = kernel.release().to_str().expect("a version is text");
-    let mut numbers = release.split('.').map(|part| part.parse::<u32>());
-    let version = [numbers.next(), numbers.next()].map(|number| number.and_then(Result::ok));
-    let [Some(major), Some(minor)] = version else { panic!("Linux {release}?") };
-    if (major, minor) < (6, 12) { "device" } else { "cgroup" }
+    if super::kernel_before((6, 12)) { "device" } else { "cgroup" }
 }
 
 /// The pods in an agent's status.

@@ -54,10 +54,36 @@ pub use traffic::Server;
 /// It is generous because nothing waits for it to pass: it is only reached when something hangs.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
-/// How much of a volume a test moves: all of it, or a sixteenth where the CPU is emulated, which takes
-/// that much longer. `cargo xtask test --vm` says so in the environment.
+/// Whether the CPU is emulated, and everything takes some twenty times as long. `cargo xtask test --vm`
+/// says so in the environment.
+fn is_emulated() -> bool {
+    env::var_os("NODEMESH_EMULATED").is_some()
+}
+
+/// How much of a volume a test moves: all of it, or a sixteenth where the CPU is emulated.
 pub fn volume(of: u16) -> u16 {
-    if env::var_os("NODEMESH_EMULATED").is_some() { of / 16 } else { of }
+    if is_emulated() { of / 16 } else { of }
+}
+
+/// How many seconds something is good for with which the agents must keep up: four times as many where
+/// the CPU is emulated.
+pub fn span(seconds: u64) -> u64 {
+    if is_emulated() { 4 * seconds } else { seconds }
+}
+
+/// Whether the kernel is an older one: what a test expects of it, and no decision of the agent.
+///
+/// # Panics
+///
+/// If the kernel's version is none.
+pub fn kernel_before(version: (u32, u32)) -> bool {
+    let kernel = nix::sys::utsname::uname().expect("uname");
+    let release = kernel.release().to_str().expect("a version is text");
+    let mut numbers = release.split('.').map(|part| part.parse().ok());
+    let (Some(Some(major)), Some(Some(minor))) = (numbers.next(), numbers.next()) else {
+        panic!("Linux {release}?")
+    };
+    (major, minor) < version
 }
 
 const PREFIX: &str = "nm-";
