@@ -157,11 +157,10 @@ async fn a_new_key_ends_the_tunnel_and_resets_the_application() {
     Frame::Open(header()).encode(&mut open);
     say(&mut near, &[&open, &[3, 0, 3][..], b"old"].concat()).await;
     hear(&mut application, b"old").await;
-    match &mut near {
-        Either::Left(TlsStream::Client(stream)) => stream.get_mut().1.refresh_traffic_keys(),
-        _ => panic!("rustls does not encrypt it"),
-    }
-    .unwrap();
+    let Either::Left(TlsStream::Client(stream)) = &mut near else {
+        panic!("rustls does not encrypt it");
+    };
+    stream.get_mut().1.refresh_traffic_keys().unwrap();
     say(&mut near, &[&[3, 0, 3][..], b"new"].concat()).await;
     assert_reset(&mut application).await;
     let (outcome, _) = joined(agent).await;
