@@ -91,32 +91,38 @@ pub(super) fn check(stage: &Stage, report: &mut Report) {
         stage.ask_patiently(client, server.echo(), "recovered")?;
         load.finish(|seen| seen.failed > 0)
     });
+    let mut listener = None;
     report.check(
         "8",
         "all containers of a node's pods restart, agents absent: nothing leaks",
         || {
             let (client, server) = pair()?;
-            restart_containers(stage, client, server)
+            let listener = listener.insert(stage.server(&stage.plain, "listener", 1)?);
+            restart_containers(stage, client, server, listener)
         },
     );
+    let listener = || listener.as_ref().context("there is no listener");
     report.check("8", "without the mesh the same pods are on the wire", || {
-        restart_containers_outside(stage)
+        restart_containers_outside(stage, listener()?)
     });
     report.check(
         "2",
         "pods whose sandboxes are lost, agents absent: they wait, nothing leaks",
         || {
             let (client, server) = pair()?;
-            lose_sandboxes(stage, client, server)
+            lose_sandboxes(stage, client, server, listener()?)
         },
     );
-    stage
-        .delete(&stage.mesh, &["loaded-client", "loaded-server", "shouter"])
-        .unwrap_or_else(|error| eprintln!("{error:#}"));
+    for (namespace, pods) in [
+        (&stage.mesh, &["loaded-client", "loaded-server", "shouter"][..]),
+        (&stage.plain, &["shouter", "listener"]),
+    ] {
+        stage.delete(namespace, pods).unwrap_or_else(|error| eprintln!("{error:#}"));
+    }
 }
 
 /// The ID of a pod's first container.
-fn container_id(stage: &Stage, pod: &Pod) -> Result<String> {
+pub(super) fn container_id(stage: &Stage, pod: &Pod) -> Result<String> {
     let record = stage.kubectl.get(&pod.namespace, "pod", &pod.name)?;
     let statuses = record["status"]["containerStatuses"].as_array().context("no containers")?;
     let main = statuses.iter().find(|status| status["name"] == "agent" || status["name"] == "main");
@@ -126,41 +132,42 @@ fn container_id(stage: &Stage, pod: &Pod) -> Result<String> {
     Ok(id.rsplit('/').next().unwrap_or_default().to_owned())
 }
 
-/// A pod that does nothing but send the canary to the server, from its first moment on.
-fn shouter(stage: &Stage, server: &Pod, canary: &Canary) -> Result<Pod> {
-    let pod = shout(stage, &stage.mesh, server, canary)?;
-    stage.in_mesh(&pod)?;
-    Ok(pod)
-}
-
-fn shout(stage: &Stage, namespace: &str, server: &Pod, canary: &Canary) -> Result<Pod> {
-    let tool = ["load", &server.echo().to_string(), canary.text(), "--count", "1000000"];
+/// A pod that does nothing but send the canary to another node, from its first moment on.
+pub(super) fn shout(
+    stage: &Stage,
+    namespace: &str,
+    listener: &Pod,
+    canary: &Canary,
+) -> Result<Pod> {
+    let tool = ["load", &listener.echo().to_string(), canary.text(), "--count", "1000000"];
     let container = objects::container(&stage.image, &tool);
     stage.start(namespace, "shouter", objects::pod_spec(&stage.nodes[0], &container))?;
     stage.ready(namespace, "shouter")
 }
 
-fn restart_containers(stage: &Stage, client: &Pod, server: &Pod) -> Result<()> {
+/// The canary is for a pod outside of the mesh: one of the mesh would not take it in the clear.
+fn restart_containers(stage: &Stage, client: &Pod, server: &Pod, listener: &Pod) -> Result<()> {
     let canary = Canary::random();
-    let pods = [client.clone(), shouter(stage, server, &canary)?];
+    let shouter = shout(stage, &stage.mesh, listener, &canary)?;
+    stage.in_mesh(&shouter)?;
+    let pods = [client.clone(), shouter];
     let capture = stage.capture(&canary, &[])?;
     stage.without_agents(|| {
         kill_containers(stage, &pods)?;
-        stage.expect_refusal(client, server.echo(), canary.text())
+        stage.expect_refusal(client, listener.echo(), canary.text())
     })?;
     stage.ask_patiently(client, server.echo(), "recovered")?;
     capture.expect_secret()
 }
 
 /// The negative twin: the same, of pods that are not in the mesh.
-fn restart_containers_outside(stage: &Stage) -> Result<()> {
-    let server = stage.server(&stage.plain, "plain-server", 1)?;
+fn restart_containers_outside(stage: &Stage, listener: &Pod) -> Result<()> {
     let canary = Canary::random();
-    let pods = [shout(stage, &stage.plain, &server, &canary)?];
+    let pods = [shout(stage, &stage.plain, listener, &canary)?];
     let capture = stage.capture(&canary, &[])?;
     stage.without_agents(|| kill_containers(stage, &pods))?;
     capture.expect_plaintext()?;
-    stage.delete(&stage.plain, &["plain-server", "shouter"])
+    stage.delete(&stage.plain, &["shouter"])
 }
 
 /// Kills the containers of these pods of the first node, and waits until others run.
@@ -177,10 +184,12 @@ fn kill_containers(stage: &Stage, pods: &[Pod]) -> Result<()> {
     Ok(())
 }
 
-fn lose_sandboxes(stage: &Stage, client: &Pod, server: &Pod) -> Result<()> {
+fn lose_sandboxes(stage: &Stage, client: &Pod, server: &Pod, listener: &Pod) -> Result<()> {
     stage.delete(&stage.mesh, &["shouter"])?;
     let canary = Canary::random();
-    let pods = [client.clone(), shouter(stage, server, &canary)?];
+    let shouter = shout(stage, &stage.mesh, listener, &canary)?;
+    stage.in_mesh(&shouter)?;
+    let pods = [client.clone(), shouter];
     let capture = stage.capture(&canary, &[])?;
     stage.without_agents(|| {
         let uids = pods.each_ref().map(|pod| pod.uid.as_str());

@@ -1,11 +1,14 @@
 //! Section 1, and what runs before the mesh does.
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
+use serde_json::json;
 use xtask::lab::Canary;
 
 use super::chart::NAMESPACE;
 use super::expect;
-use super::kubectl::Session;
+use super::kubectl::merged;
+use super::load::Held;
+use super::objects;
 use super::report::Report;
 use super::stage::{Pod, Stage};
 
@@ -14,7 +17,10 @@ use super::stage::{Pod, Stage};
 struct Early {
     client: Pod,
     server: Pod,
-    held: Session,
+    held: Held,
+    /// A server, of a process that has a network namespace of its own.
+    unshared: Pod,
+    held_by_it: Held,
 }
 
 /// Installs. Returns whether there is anything to check.
@@ -42,19 +48,39 @@ pub(super) fn check(stage: &Stage, report: &mut Report) -> bool {
 fn start(stage: &Stage) -> Result<Early> {
     let client = stage.server(&stage.mesh, "early-client", 0)?;
     let server = stage.server(&stage.mesh, "early-server", 1)?;
-    let canary = Canary::random();
-    let capture = stage.capture(&canary, &[])?;
-    stage.ask(&client, server.echo(), canary.text())?;
-    capture.expect_plaintext()?;
-    let address = server.echo().to_string();
-    let held = stage.kubectl.session(&client.namespace, &client.name, &["hold", &address])?;
-    Ok(Early { client, server, held })
+    let unshared = unshared(stage)?;
+    let hold = |server: &Pod| {
+        let canary = Canary::random();
+        let capture = stage.capture(&canary, &[])?;
+        stage.ask(&client, server.echo(), canary.text())?;
+        capture.expect_plaintext()?;
+        Held::open(stage, &client, server)
+    };
+    let (held, held_by_it) = (hold(&server)?, hold(&unshared)?);
+    Ok(Early { client, server, held, unshared, held_by_it })
+}
+
+/// What is run in it is where its process is, in a network namespace without any device that is up.
+fn unshared(stage: &Stage) -> Result<Pod> {
+    let server = merged(
+        objects::server(&stage.image),
+        json!({
+            "args": ["pod", "serve", "--unshare"],
+            "securityContext": { "capabilities": { "add": ["SYS_ADMIN"] } },
+        }),
+    );
+    let spec = objects::pod_spec(&stage.nodes[1], &server);
+    stage.start(&stage.mesh, "early-unshared", spec)?;
+    let pod = stage.ready(&stage.mesh, "early-unshared")?;
+    let seen = format!("{:?}", stage.ask(&pod, pod.echo(), "nobody"));
+    ensure!(seen.contains("unreachable"), "its process is in the pod's network namespace: {seen}");
+    Ok(pod)
 }
 
 fn check_early(stage: &Stage, early: Early, report: &mut Report) {
-    let Early { client, server, held } = early;
+    let Early { client, server, held, unshared, held_by_it } = early;
     report.check("2", "pods that ran before the install are in the mesh, not restarted", || {
-        for pod in [&client, &server] {
+        for pod in [&client, &server, &unshared] {
             stage.in_mesh(pod)?;
             let record = stage.kubectl.get(&pod.namespace, "pod", &pod.name)?;
             let restarts = &record["status"]["containerStatuses"][0]["restartCount"];
@@ -65,18 +91,26 @@ fn check_early(stage: &Stage, early: Early, report: &mut Report) {
         Ok(())
     });
     report.measure("2", "their connections from before are aborted, and counted", || {
-        let seen = held.finish()?;
-        expect(seen["cut"] == true, || format!("the connection goes on: {seen}"))?;
+        held.expect_cut(true)?;
         // Whose pod comes first resets the other's end before that one is looked at.
         let counted = |pod| stage.entry(pod)?["aborted"].as_u64().context("no count");
         let aborted = counted(&client)? + counted(&server)?;
         expect(aborted > 0, || "nothing was counted".to_owned())?;
         Ok(format!("{aborted} of both"))
     });
-    report.check("2", "they talk to each other through the mesh", || {
+    let talk = |server: &Pod| {
         let canary = Canary::random();
-        let capture = stage.capture(&canary, &[&client, &server])?;
+        let capture = stage.capture(&canary, &[&client, server])?;
         stage.ask_patiently(&client, server.echo(), canary.text())?;
         capture.expect_tls13()
-    });
+    };
+    report.check("2", "they talk to each other through the mesh", || talk(&server));
+    report.check(
+        "2",
+        "nor does a process escape that has made a network namespace for itself",
+        || {
+            held_by_it.expect_cut(true)?;
+            talk(&unshared)
+        },
+    );
 }

@@ -14,6 +14,7 @@ mod kubectl;
 mod load;
 mod objects;
 mod ordinary;
+mod reboot;
 mod report;
 mod rotation;
 mod services;
@@ -48,6 +49,9 @@ pub(crate) struct Arguments {
     /// Make the images, and let this command import the archive that it gets as argument.
     #[arg(long, value_name = "COMMAND")]
     import: Option<PathBuf>,
+    /// Reboot a node, too: this command does it to the node that it gets as argument.
+    #[arg(long, value_name = "COMMAND")]
+    reboot: Option<PathBuf>,
     /// Only the groups with one of these in their name, with installation and removal.
     groups: Vec<String>,
 }
@@ -55,7 +59,7 @@ pub(crate) struct Arguments {
 type Group = (&'static str, fn(&Stage, &mut Report));
 
 /// In this order: each leaves the cluster to the next as it found it.
-const GROUPS: [Group; 10] = [
+const GROUPS: [Group; 11] = [
     ("enrolment", enrolment::check),
     ("kinds", kinds::check),
     ("static-pods", static_pods::check),
@@ -66,6 +70,7 @@ const GROUPS: [Group; 10] = [
     ("changes", changes::check),
     ("rotation", rotation::check),
     ("failures", failures::check),
+    ("reboot", reboot::check),
 ];
 
 /// Checks everything, or some groups, and fails if a line of it does.
@@ -84,7 +89,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     );
 
     let mut report = Report::default();
-    let stage = Stage::set_up(Chart::new(&arguments.set)?)?;
+    let stage = Stage::set_up(Chart::new(&arguments.set)?, arguments.reboot.clone())?;
     if install::check(&stage, &mut report) {
         for (name, check) in GROUPS.iter().filter(|(name, _)| wanted(name)) {
             eprintln!("== {name}");

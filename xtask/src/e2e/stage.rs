@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -27,6 +28,8 @@ pub(super) struct Stage {
     /// The namespace whose pods are not.
     pub(super) plain: String,
     watching: String,
+    /// What reboots a node.
+    pub(super) reboot: Option<PathBuf>,
     /// What the nodes were like before.
     pub(super) untouched: Vec<Value>,
 }
@@ -46,7 +49,7 @@ const AGENT: &str = "nodemesh-agent";
 
 impl Stage {
     /// Makes the namespaces and the watchers.
-    pub(super) fn set_up(chart: Chart) -> Result<Self> {
+    pub(super) fn set_up(chart: Chart, reboot: Option<PathBuf>) -> Result<Self> {
         let name = format!("e2e-{}", &Canary::random().text()[..5]);
         let kubectl = Kubectl::new(&name);
         let installed = kubectl
@@ -69,6 +72,7 @@ impl Stage {
             mesh,
             plain,
             watching,
+            reboot,
             untouched: Vec::new(),
         };
         stage.kubectl.apply(vec![
@@ -257,10 +261,20 @@ impl Stage {
 
     /// Captures on both nodes. What the pods say to each other is to be TLS 1.3.
     pub(super) fn capture(&self, canary: &Canary, pods: &[&Pod]) -> Result<Capture> {
+        self.capture_on(&self.nodes, canary, pods)
+    }
+
+    /// The same on some nodes.
+    pub(super) fn capture_on(
+        &self,
+        nodes: &[String],
+        canary: &Canary,
+        pods: &[&Pod],
+    ) -> Result<Capture> {
         let pods: Vec<_> = pods.iter().map(|pod| format!("--pod={}", pod.ip)).collect();
         let mut tool = vec!["capture", "--canary", canary.text()];
         tool.extend(pods.iter().map(String::as_str));
-        let sessions = self.nodes.iter().map(|node| {
+        let sessions = nodes.iter().map(|node| {
             let watcher = self.watcher(node)?;
             self.kubectl.session(&self.watching, &watcher.name, &tool)
         });
@@ -366,7 +380,7 @@ impl Pod {
     }
 }
 
-/// A capture on both nodes.
+/// A capture on nodes.
 pub(super) struct Capture(Vec<Session>);
 
 impl Capture {

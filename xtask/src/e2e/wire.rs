@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use xtask::lab::Canary;
 
 use super::expect;
-use super::kubectl::until;
+use super::kubectl::{merged, until};
 use super::objects;
 use super::report::Report;
 use super::stage::{Pod, Stage};
@@ -27,14 +27,23 @@ pub(super) fn check(stage: &Stage, report: &mut Report) {
     });
     report.check("8", "the server sees the client's pod address", || {
         let (client, server, answer) = talk.as_ref().context("they did not talk")?;
-        let peer: SocketAddr = answer["peer"].as_str().context("no peer")?.parse()?;
-        expect(peer.ip() == client.ip && answer["pod"] == server.name.as_str(), || {
-            answer.to_string()
-        })
+        talked(client, server, answer)
     });
     report.check("8", "both agents name both identities, and one trace", || {
         let (client, server, _) = talk.as_ref().context("they did not talk")?;
         both_name(stage, "mtls", client, server)
+    });
+    if let Some((client, server, _)) = &talk {
+        second_family(stage, report, client, server);
+    }
+    report.measure("5", "every layer of the guard that a pod's device allows is active", || {
+        let (client, _, _) = talk.as_ref().context("they did not talk")?;
+        let entry = stage.in_mesh(client)?;
+        let layers = entry["guard"].as_array().context("no guard")?;
+        let active = layers.iter().all(|layer| layer["active"] == true);
+        expect(active && layers.len() > 1, || entry["guard"].to_string())?;
+        let names: Vec<_> = layers.iter().filter_map(|layer| layer["layer"].as_str()).collect();
+        Ok(names.join(", "))
     });
     report.check("8", "two pods of one node talk on no wire, by both identities", || {
         let client = with_account(stage, "near-client", "client", 0)?;
@@ -43,8 +52,7 @@ pub(super) fn check(stage: &Stage, report: &mut Report) {
         let capture = stage.capture(&canary, &[])?;
         let answer = stage.ask_patiently(&client, server.echo(), canary.text())?;
         capture.expect_secret()?;
-        let peer: SocketAddr = answer["peer"].as_str().context("no peer")?.parse()?;
-        expect(peer.ip() == client.ip, || answer.to_string())?;
+        talked(&client, &server, &answer)?;
         both_name(stage, "local", &client, &server)
     });
     stage
@@ -63,9 +71,47 @@ pub(super) fn check(stage: &Stage, report: &mut Report) {
     }
 }
 
+/// On a cluster of two address families, checks the one that the pods do not prefer.
+fn second_family(stage: &Stage, report: &mut Report, client: &Pod, server: &Pod) {
+    const WHAT: &str =
+        "the pods' addresses of the other family, and the Service's, are in the mesh";
+    let pods = [client, server].map(|pod| second_address(stage, pod));
+    match pods {
+        [Ok(Some(client)), Ok(Some(server))] => report.check("5", WHAT, || {
+            let service = stage.kubectl.get(&stage.mesh, "service", "server")?;
+            let service =
+                service["spec"]["clusterIPs"][1].as_str().context("no second clusterIP")?;
+            let canary = Canary::random();
+            let capture = stage.capture(&canary, &[&client, &server])?;
+            for to in [server.echo(), SocketAddr::new(service.parse()?, 80)] {
+                let answer = stage.ask_patiently(&client, to, canary.text())?;
+                talked(&client, &server, &answer)?;
+            }
+            capture.expect_tls13()
+        }),
+        [Err(error), _] | [_, Err(error)] => report.check("5", WHAT, || Err(error)),
+        _ => report.skip("5", WHAT, "the pods of this cluster have one address each"),
+    }
+}
+
+/// The same pod, by another of its addresses.
+fn second_address(stage: &Stage, pod: &Pod) -> Result<Option<Pod>> {
+    let record = stage.kubectl.get(&pod.namespace, "pod", &pod.name)?;
+    let Some(ip) = record["status"]["podIPs"][1]["ip"].as_str() else { return Ok(None) };
+    Ok(Some(Pod { ip: ip.parse()?, ..pod.clone() }))
+}
+
+/// The server answered, and saw the client's own address.
+fn talked(client: &Pod, server: &Pod, answer: &Value) -> Result<()> {
+    let peer: SocketAddr = answer["peer"].as_str().context("no peer")?.parse()?;
+    let right = peer.ip() == client.ip && answer["pod"] == server.name.as_str();
+    expect(right, || answer.to_string())
+}
+
 /// A client on the first node, a server on the second; each with a service account of its own.
 fn deploy(stage: &Stage, namespace: &str) -> Result<(Pod, Pod)> {
-    let mut objects = vec![objects::service(namespace, "server", "server")];
+    let families = json!({ "spec": { "ipFamilyPolicy": "PreferDualStack" } });
+    let mut objects = vec![merged(objects::service(namespace, "server", "server"), families)];
     for (name, node) in [("client", &stage.nodes[0]), ("server", &stage.nodes[1])] {
         let mut spec = objects::pod_spec(node, &objects::server(&stage.image));
         spec["serviceAccountName"] = json!(name);

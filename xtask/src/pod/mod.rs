@@ -26,7 +26,11 @@ pub(crate) const READY: &str = "ready";
 #[derive(Subcommand)]
 pub(crate) enum Command {
     /// Serve on every port of this tool, until SIGTERM.
-    Serve,
+    Serve {
+        /// In a network namespace of its own, once it listens in the pod's.
+        #[arg(long)]
+        unshare: bool,
+    },
     /// Do nothing, until SIGTERM.
     Sleep,
     /// Send a text and print the answer; status 1 if there is none.
@@ -74,7 +78,7 @@ pub(crate) enum Command {
 
 pub(crate) fn run(command: Command) -> Result<()> {
     match command {
-        Command::Serve => serve::run(),
+        Command::Serve { unshare } => serve::run(unshare),
         Command::Sleep => until_terminated(),
         Command::Ask { address, text, times, patience } => {
             client::ask(address, &text, times, patience)

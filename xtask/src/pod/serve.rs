@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use anyhow::{Context as _, Result};
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{SigSet, Signal};
 use serde_json::{Value, json};
 use xtask::lab::traffic::canonical;
@@ -22,13 +23,17 @@ pub(crate) const GRPC: u16 = 7003;
 static UNREADY: AtomicBool = AtomicBool::new(false);
 
 /// Serves until SIGTERM.
-pub(super) fn run() -> Result<()> {
+pub(super) fn run(unshared: bool) -> Result<()> {
     let signals = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM]);
     signals.thread_block().context("blocking the signals")?;
     listen(ECHO, echo)?;
     listen(GREETING, greet)?;
     listen(HTTP, http)?;
     listen(GRPC, super::grpc::serve)?;
+    if unshared {
+        // The sockets stay where they are, and this thread stands for the process.
+        unshare(CloneFlags::CLONE_NEWNET).context("making a network namespace")?;
+    }
     signals.wait().context("waiting for a signal")?;
     Ok(())
 }
