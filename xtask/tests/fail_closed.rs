@@ -13,16 +13,16 @@ use mesh_common::abi::PodConfig;
 use xtask::lab::mesh::pods;
 use xtask::lab::raw::{PacketSocket, frame, gateway_address, tcp_packet};
 use xtask::lab::traffic::{accept, exchange, reset_on_close};
-use xtask::lab::{Canary, Capture, Load, Mesh, Netns, Pod, socket_guard, until};
+use xtask::lab::{Canary, Capture, Load, Mesh, Netns, Pod, socket_guard, span, until};
 
 const PORT: u16 = 8080;
 const FAMILIES: [usize; 2] = [0, 1];
 
 /// For what the kernel answers without the agent: nobody waits for a timeout.
-const AT_ONCE: Duration = Duration::from_secs(1);
+const AT_ONCE: u64 = 1;
 
 /// For what shall take a second or two: with some slack, because other tests run on the machine.
-const SOON: Duration = Duration::from_secs(5);
+const SOON: u64 = 5;
 
 struct Pair {
     mesh: Mesh,
@@ -139,7 +139,11 @@ fn without_its_agent_a_pod_is_refused_at_once() -> Result<()> {
                 ensure!(error.kind() == ErrorKind::ConnectionRefused, "{address}: {error}");
             }
         }
-        ensure!(begun.elapsed() < AT_ONCE, "{address}: refused after {:?}", begun.elapsed());
+        ensure!(
+            begun.elapsed().as_secs() < span(AT_ONCE),
+            "{address}: refused after {:?}",
+            begun.elapsed()
+        );
     }
     // What does not ask the agent, with nobody there to repair or to count for it.
     send_frame(&pair.mesh, &pair.client, &pair.server, &canary)?;
@@ -268,7 +272,7 @@ fn restarted_under_load_without_the_control_plane() -> Result<()> {
             let begun = Instant::now();
             pair.mesh.agents[victim].start()?;
             load.wait_for_successes(2)?;
-            ensure!(begun.elapsed() < SOON, "back after {:?}", begun.elapsed());
+            ensure!(begun.elapsed().as_secs() < span(SOON), "back after {:?}", begun.elapsed());
             load.wait_for_successes(50)?;
         }
         Ok(())
@@ -297,7 +301,7 @@ fn a_stopped_agent_makes_wait_and_goes_on() -> Result<()> {
             outgoing.write_all(canary.bytes())?;
             incoming.set_read_timeout(Some(Duration::from_millis(200)))?;
             expect_error(incoming, ErrorKind::WouldBlock).context(title)?;
-            incoming.set_read_timeout(Some(xtask::lab::PATIENCE))?;
+            incoming.set_read_timeout(Some(xtask::lab::patience()))?;
         }
         for thread in &waiting {
             ensure!(!thread.is_finished(), "{title}: answered without an agent");
@@ -394,7 +398,7 @@ impl Damage {
 fn wait_repaired(pod: &Pod, intact: &str) -> Result<()> {
     let begun = Instant::now();
     until("the damage to be repaired", || (routing(pod).ok()? == intact).then_some(()))?;
-    ensure!(begun.elapsed() < SOON, "repaired after {:?}", begun.elapsed());
+    ensure!(begun.elapsed().as_secs() < span(SOON), "repaired after {:?}", begun.elapsed());
     Ok(())
 }
 

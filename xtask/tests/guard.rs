@@ -197,7 +197,7 @@ fn a_mark_before_connecting() -> Result<()> {
             let to = server.sockets(PORT)[family];
             let socket = tcp_socket(attack.pod, to)?;
             socket.set_mark(7)?;
-            attack.pod.run(|| socket.connect_timeout(&to.into(), xtask::lab::PATIENCE))?;
+            attack.pod.run(|| socket.connect_timeout(&to.into(), xtask::lab::patience()))?;
             exchange(socket.into(), attack.canary.bytes())
         })?;
     }

@@ -19,7 +19,7 @@ use xtask::lab::control::TRUST_DOMAIN;
 use xtask::lab::mesh::{Settings, counted};
 use xtask::lab::tls::{Hello, TLS13, inspect};
 use xtask::lab::traffic::{exchange, expect_refusal};
-use xtask::lab::{Canary, Load, Mesh, PATIENCE, Pod, Server, until};
+use xtask::lab::{Canary, Load, Mesh, Pod, Server, patience, span, until};
 
 const PORT: u16 = 8080;
 const OTHER_PORT: u16 = 8081;
@@ -108,7 +108,7 @@ impl Application {
 
     /// The next connection that has ended is this one.
     fn expect(&self, heard: &[u8], end: Option<ErrorKind>) -> Result<()> {
-        let next = self.ended.recv_timeout(PATIENCE).context("no connection has ended")?;
+        let next = self.ended.recv_timeout(patience()).context("no connection has ended")?;
         ensure!(next == (heard.to_vec(), end), "the application saw {next:02x?}");
         Ok(())
     }
@@ -389,13 +389,13 @@ fn ping(stream: &mut TcpStream, number: &mut u8) -> Result<()> {
 /// A client may keep a tunnel, but not what it was made under.
 #[test]
 fn a_kept_tunnel_outlives_nothing_that_it_rests_on() -> Result<()> {
-    const LIFETIME: Duration = Duration::from_secs(4);
+    let lifetime = Duration::from_secs(span(4));
     let scene = Scene::new("a_kept_tunnel_outlives_nothing_that_it_rests_on", "")?;
     let application = Application::start(&scene.server, PORT)?;
     let to = scene.server.sockets(PORT)[0];
     let born = Instant::now();
     let short =
-        Claim { valid: -60..LIFETIME.as_secs().cast_signed(), ..Claim::of(&scene.attacker)? };
+        Claim { valid: -60..lifetime.as_secs().cast_signed(), ..Claim::of(&scene.attacker)? };
     let short = scene.ca.issue(&short)?;
     let mut expiring = dial(&scene.attacker, to, &scene.verifier, Some(short), ALPN)?;
     let (mut kept, source) = scene.tunnel(0)?;
@@ -406,7 +406,7 @@ fn a_kept_tunnel_outlives_nothing_that_it_rests_on() -> Result<()> {
         }
     }
     // Expiry is a matter of time.
-    thread::sleep((LIFETIME + Duration::from_secs(1)).saturating_sub(born.elapsed()));
+    thread::sleep((lifetime + Duration::from_secs(1)).saturating_sub(born.elapsed()));
     expect_nothing_served(&mut expiring, source).context("with an expired certificate")?;
     converse(&mut kept, source, b"the other one")?;
     application.expect(b"the other one", None)?;
@@ -461,8 +461,10 @@ fn tunnels_without_a_header_are_closed() -> Result<()> {
 #[test]
 fn slow_handshakes_hold_nobody_up() -> Result<()> {
     const SLOW: usize = 300;
-    let agent = "timeouts: {handshake: 6s}\nlimits: {idle_tunnels_per_peer: 0}";
-    let mut scene = Scene::new("slow_handshakes_hold_nobody_up", agent)?;
+    let timeout = span(6);
+    let agent =
+        format!("timeouts: {{handshake: {timeout}s}}\nlimits: {{idle_tunnels_per_peer: 0}}");
+    let mut scene = Scene::new("slow_handshakes_hold_nobody_up", &agent)?;
     let client = scene.mesh.pod(0, "client")?;
     let load = Load::new(&client, &scene.server, PORT)?;
     let timeouts = Refusal::Handshake("timeout");
@@ -535,7 +537,7 @@ fn servers_that_are_somebody_else_hear_nothing() -> Result<()> {
         let canary = Canary::random();
         let wire = mesh.lab.capture()?;
         expect_refusal(&client, to, canary.bytes())?;
-        let (heard, _) = application.ended.recv_timeout(PATIENCE)?;
+        let (heard, _) = application.ended.recv_timeout(patience())?;
         ensure!(inspect(&heard)? == Hello::Client, "heard {heard:02x?}");
         wire.stop()?.expect_absent(&canary)?;
     }

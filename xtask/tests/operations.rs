@@ -13,7 +13,7 @@ use serde_json::Value;
 use xtask::lab::mesh::{Settings, counted, pods, serials};
 use xtask::lab::topology::OUTSIDE_ADDRESSES;
 use xtask::lab::traffic::{accept, exchange, expect_refusal};
-use xtask::lab::{Agent, Canary, Mesh, Netns, PATIENCE, Pod, until};
+use xtask::lab::{Agent, Canary, Mesh, Netns, Pod, patience, until};
 
 const PORT: u16 = 8080;
 const NOBODY: u16 = 8081;
@@ -335,7 +335,7 @@ fn udp_passes_where_it_may() -> Result<()> {
             let wire = mesh.lab.capture()?;
             let to = |port| Ok::<_, anyhow::Error>(SocketAddr::new(address.parse()?, port));
             let socket = pod.run(|| UdpSocket::bind("[::]:0"))?;
-            socket.set_read_timeout(Some(PATIENCE))?;
+            socket.set_read_timeout(Some(patience()))?;
             // The sender may be told, or not.
             let sent = socket.send_to(canary.bytes(), mapped(to(PORT)?));
             if passes {

@@ -15,7 +15,7 @@ use socket2::{Domain, Socket, Type};
 use xtask::lab::mesh::Settings;
 use xtask::lab::raw::{self, PacketSocket, frame, gateway_address, tcp_packet};
 use xtask::lab::traffic::{accept, canonical, exchange, expect_refusal};
-use xtask::lab::{Canary, Mesh, Netns, PATIENCE, Pod, Server, socket_guard, until};
+use xtask::lab::{Canary, Mesh, Netns, Pod, Server, patience, socket_guard, until};
 
 const PORT: u16 = 8080;
 const FAMILIES: [usize; 2] = [0, 1];
@@ -259,8 +259,8 @@ fn connect_from(netns: &Netns, from: SocketAddr, to: SocketAddr) -> io::Result<T
     let socket = netns.run(|| Socket::new(Domain::for_address(from), Type::STREAM, None))?;
     socket.set_reuse_address(true)?;
     socket.bind(&from.into())?;
-    socket.connect_timeout(&to.into(), PATIENCE)?;
-    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.connect_timeout(&to.into(), patience())?;
+    socket.set_read_timeout(Some(patience()))?;
     Ok(socket.into())
 }
 

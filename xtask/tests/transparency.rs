@@ -12,7 +12,7 @@ use sha2::{Digest as _, Sha256};
 use socket2::{Domain, Protocol, Socket, Type};
 use xtask::lab::compare::{PORT, as_without_mesh, expect_end, expect_reset, pair};
 use xtask::lab::traffic::{accept, canonical, reset_on_close, when_free};
-use xtask::lab::{Mesh, Netns, PATIENCE, until};
+use xtask::lab::{Mesh, Netns, patience, until};
 
 /// A socket that is bound, if it should be, but not connected.
 fn socket(
@@ -23,7 +23,7 @@ fn socket(
 ) -> Result<Socket> {
     let new = || Socket::new(Domain::for_address(address), Type::STREAM, Some(protocol));
     let socket = netns.run(new).context("making the socket")?;
-    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.set_read_timeout(Some(patience()))?;
     if let Some(own) = bind {
         socket.set_reuse_address(true)?;
         when_free(|| socket.bind(&own.into()))?;

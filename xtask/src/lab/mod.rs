@@ -52,7 +52,9 @@ pub use traffic::Server;
 /// How long anything in a laboratory may take before the test fails.
 ///
 /// It is generous because nothing waits for it to pass: it is only reached when something hangs.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub fn patience() -> Duration {
+    Duration::from_secs(span(30))
+}
 
 /// Whether the CPU is emulated, and everything takes some twenty times as long. `cargo xtask test --vm`
 /// says so in the environment.
@@ -179,15 +181,15 @@ impl Drop for Lab {
     }
 }
 
-/// Tries until there is something, or fails after [`PATIENCE`] saying what never came.
+/// Tries until there is something, or fails after [`patience`] saying what never came.
 pub fn until<T>(what: &str, mut attempt: impl FnMut() -> Option<T>) -> Result<T> {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + patience();
     loop {
         if let Some(found) = attempt() {
             return Ok(found);
         }
         if Instant::now() > deadline {
-            bail!("waited {} s in vain: {what}", PATIENCE.as_secs());
+            bail!("waited {} s in vain: {what}", patience().as_secs());
         }
         thread::sleep(Duration::from_millis(5));
     }

@@ -9,7 +9,7 @@ use std::thread::{self, JoinHandle};
 use anyhow::{Context as _, Result, bail, ensure};
 use socket2::SockRef;
 
-use super::{Netns, PATIENCE, until};
+use super::{Netns, patience, until};
 
 /// A server in a namespace: a thread per connection. Dropping it closes its listener.
 #[derive(Debug)]
@@ -25,9 +25,9 @@ impl Netns {
             .with_context(|| format!("listening on port {port} in {}", self.name()))
     }
 
-    /// Connects, and gives up on anything that takes longer than [`PATIENCE`].
+    /// Connects, and gives up on anything that takes longer than [`patience`].
     pub fn connect(&self, to: SocketAddr) -> io::Result<TcpStream> {
-        let stream = self.run(|| TcpStream::connect_timeout(&to, PATIENCE))?;
+        let stream = self.run(|| TcpStream::connect_timeout(&to, patience()))?;
         patient(&stream)?;
         Ok(stream)
     }
@@ -114,10 +114,10 @@ pub fn expect_refusal(from: &Netns, to: SocketAddr, bytes: &[u8]) -> Result<()> 
     Ok(())
 }
 
-/// Accepts one connection within [`PATIENCE`].
+/// Accepts one connection within [`patience`].
 pub fn accept(listener: &TcpListener) -> Result<(TcpStream, SocketAddr)> {
     // The receive timeout of a listening socket is that of accept().
-    SockRef::from(listener).set_read_timeout(Some(PATIENCE))?;
+    SockRef::from(listener).set_read_timeout(Some(patience()))?;
     let (stream, peer) = listener.accept().context("waiting for a connection")?;
     patient(&stream)?;
     Ok((stream, canonical(peer)))
@@ -139,6 +139,6 @@ pub fn reset_on_close(stream: &TcpStream) -> io::Result<()> {
 }
 
 fn patient(stream: &TcpStream) -> io::Result<()> {
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))
+    stream.set_read_timeout(Some(patience()))?;
+    stream.set_write_timeout(Some(patience()))
 }
