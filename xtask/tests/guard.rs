@@ -344,7 +344,11 @@ fn the_device_in_a_namespace_of_its_own() -> Result<()> {
                 format!("route add default via {gateway_v4}"),
                 format!("route add ::/0 via {gateway_v6}"),
             ])?;
-            meet(&nested, attack.pod.gateways()[family])?;
+            // The guard may let it meet nobody.
+            let mac =
+                raw::gateway_address(&attack.mesh.nodes[0])?.map(|byte| format!("{byte:02x}"));
+            let (to, mac) = (attack.pod.gateways()[family], mac.join(":"));
+            nested.ip(&[format!("neigh replace {to} lladdr {mac} dev eth0")])?;
             let socket = tcp_socket(&nested, attack.to())?;
             say_canary(&nested, &socket, attack.to(), attack.canary).ok();
             Ok(())
