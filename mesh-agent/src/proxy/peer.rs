@@ -2,14 +2,15 @@
 
 use std::io;
 
+use mesh_common::{
+    spiffe::SpiffeId,
+    svid::{Leaf, SvidError},
+};
+
 use crate::{
     identity::{Chain, Workload},
     stats::HandshakeFailure,
     tunnel::tls::{Stream, peer_certificates},
-};
-use mesh_common::{
-    spiffe::SpiffeId,
-    svid::{Leaf, SvidError},
 };
 
 /// A handshake that did not lead to a tunnel: the kind, and what an operator should read.

@@ -10,7 +10,7 @@ use std::{
 use super::{PodProxy, neighbour::Neighbour};
 use crate::{
     balance::{Chosen, Place, candidates},
-    identity::{Found, Snapshot, Workload},
+    identity::{Found, Services, Snapshot, Workload},
     policy::{DenyReason, Verdict, check_client},
     stats::Kind,
 };
@@ -142,8 +142,7 @@ impl<'a> Route<'a> {
         check_client(&pod.uid, client, registry)?;
         let Found::Port(port) = found else { return Err(DenyReason::NoServicePort) };
         let own = registry.by_uid(&pod.uid).map_or(&[][..], |own| &own.addresses);
-        let node = pod.balancer.node();
-        let place = Place { node, zone: services.zone(node) };
+        let place = place(pod, services);
         let tried = |address: SocketAddr| self.tried.contains(&address);
         // A pod has no tunnel to itself.
         let excluded = |address: SocketAddr| tried(address) || own.contains(&address.ip());
@@ -166,24 +165,38 @@ impl<'a> Route<'a> {
         chosen: Option<Chosen>,
         others: bool,
     ) -> Result<Hop, Denied> {
-        let Self { pod, client, .. } = *self;
-        let denied = |reason| {
+        let way = way(self.pod, self.client, address, registry).map_err(|reason| {
             let endpoint = chosen.as_ref().map(Chosen::address);
-            Err(Denied { endpoint, reason })
-        };
-        let way = match pod.policy.egress(&pod.uid, client, address, registry) {
-            Verdict::Deny(reason) => return denied(reason),
-            Verdict::Plaintext(_) => Way::Plaintext,
-            Verdict::Mesh(server) => match registry.by_uid(&pod.uid) {
-                Some(own) => match pod.neighbours.find(&server, address.ip()) {
-                    Some(neighbour) => Way::Neighbour { neighbour, server },
-                    None => Way::Mesh { own: Arc::clone(own), server },
-                },
-                None => return denied(DenyReason::UnregisteredPod),
-            },
-        };
+            Denied { endpoint, reason }
+        })?;
         self.asked += 1;
         let replaceable = others && self.asked < MOST_ENDPOINTS;
         Ok(Hop { address, way, replaceable, chosen })
     }
+}
+
+/// How a connection of the pod is carried to an address, as the policy decides.
+pub(super) fn way(
+    pod: &PodProxy,
+    client: IpAddr,
+    address: SocketAddr,
+    registry: &Snapshot,
+) -> Result<Way, DenyReason> {
+    match pod.policy.egress(&pod.uid, client, address, registry) {
+        Verdict::Deny(reason) => Err(reason),
+        Verdict::Plaintext(_) => Ok(Way::Plaintext),
+        Verdict::Mesh(server) => match registry.by_uid(&pod.uid) {
+            Some(own) => Ok(match pod.neighbours.find(&server, address.ip()) {
+                Some(neighbour) => Way::Neighbour { neighbour, server },
+                None => Way::Mesh { own: Arc::clone(own), server },
+            }),
+            None => Err(DenyReason::UnregisteredPod),
+        },
+    }
+}
+
+/// Where the pod is, as services see it.
+pub(super) fn place<'a>(pod: &'a PodProxy, services: &'a Services) -> Place<'a> {
+    let node = pod.balancer.node();
+    Place { node, zone: services.zone(node) }
 }

@@ -12,11 +12,14 @@ use std::{
 use mesh_common::spiffe::WorkloadId;
 use tokio::sync::watch;
 
-use super::{PodProxy, outbound::Mesh};
+use super::{
+    PodProxy,
+    outbound::Mesh,
+    route::{Way, place, way},
+};
 use crate::{
-    balance::{Place, candidates},
+    balance::candidates,
     identity::{Found, Snapshot, Workload},
-    policy::Verdict,
     tunnel::pool::{Key, Proof},
 };
 
@@ -129,12 +132,9 @@ impl PodProxy {
         for destination in self.habits.since(&own.id, earliest) {
             for address in self.likely(destination, own, &registry) {
                 let Some(client) = own.source(address) else { continue };
-                let verdict = self.policy.egress(&self.uid, client, address, &registry);
-                let Verdict::Mesh(server) = verdict else { continue };
-                if self.neighbours.find(&server, address.ip()).is_some() {
-                    continue;
-                }
-                let mesh = Mesh { pod: self, client, address, own, server: &server };
+                let way = way(self, client, address, &registry);
+                let Ok(Way::Mesh { own, server }) = way else { continue };
+                let mesh = Mesh { pod: self, client, address, own: &own, server: &server };
                 let (key, proof) = mesh.terms(&svid);
                 if failed.contains(&(key.clone(), proof)) {
                     failing.insert((key, proof));
@@ -165,10 +165,8 @@ impl PodProxy {
             Found::Nothing => vec![destination],
             Found::NoPort => Vec::new(),
             Found::Port(port) => {
-                let node = self.balancer.node();
-                let place = Place { node, zone: services.zone(node) };
                 let itself = |address: SocketAddr| own.addresses.contains(&address.ip());
-                let all = candidates(port, place, itself);
+                let all = candidates(port, place(self, services), itself);
                 let mut all: Vec<_> = all.into_iter().map(|endpoint| endpoint.address).collect();
                 // Others than those of another pod, but the same every time.
                 all.sort_by_cached_key(|address| {
