@@ -1,6 +1,7 @@
-//! The agent's tunnel protocol, compiled from its sources so that fuzzing needs none of what else an
+//! The agent's tunnel module, compiled from its source so that fuzzing needs none of what else an
 //! agent is built from, and what is checked of it.
 
+#[path = "../../mesh-agent/src/tunnel/mod.rs"]
 pub mod tunnel;
 
 pub mod checks;

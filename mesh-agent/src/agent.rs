@@ -23,7 +23,8 @@ use crate::{
     },
     stats::Stats,
     sys::socket::netns_cookie_here,
-    tunnel::{Pool, PoolLimits, kernel_tls},
+    tls,
+    tunnel::{Pool, PoolLimits},
 };
 
 /// Idle tunnels of the whole node: two descriptors of a million each.
@@ -71,7 +72,7 @@ pub fn run(config: Config) -> Result<()> {
             "the eBPF programs are attached"
         );
         let kernel_tls = if config.kernel_tls {
-            kernel_tls::probe().map_err(|why| format!("not in use: {why}"))
+            tls::kernel::probe().map_err(|why| format!("not in use: {why}"))
         } else {
             Err("off".to_owned())
         };

@@ -18,4 +18,5 @@ pub mod policy;
 pub mod proxy;
 pub mod stats;
 mod sys;
+pub mod tls;
 pub mod tunnel;

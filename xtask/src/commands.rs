@@ -84,7 +84,7 @@ pub(crate) fn test_in_vm(filter: &str, threads: u8) -> Result<()> {
     let mut commands = Vec::new();
     if filter.is_empty() {
         for (ends, test) in product(&KERNEL_TLS, &test_programs("mesh-agent", "lib")?) {
-            commands.push(format!("{ends} {test} --include-ignored tunnel::"));
+            commands.push(format!("{ends} {test} --include-ignored tunnel:: tls::kernel::"));
         }
     }
     for (ends, test) in product(&[KERNEL_TLS[0], KERNEL_TLS[3]], &test_programs("xtask", "test")?) {

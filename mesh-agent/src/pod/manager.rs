@@ -35,10 +35,10 @@ use crate::{
     policy::Policy,
     proxy::{Habits, Neighbours, registration},
     stats::{Report, Stats},
+    tls::Stream,
     tunnel::{
         Pool,
         pool::{Key, Proof},
-        tls::Stream,
     },
 };
 

@@ -20,10 +20,10 @@ use crate::{
     identity::{Svid, Workload},
     policy::{DenyReason, Verdict},
     stats::{Direction, HandshakeFailure, Kind, Parties, Party},
+    tls::{Stream, accept, is_worn, peer_certificates},
     tunnel::{
         AppSocket, Header, Reason, Refusal, Role, relay, relay_plain,
         server::{self, TunnelError},
-        tls::{Stream, accept, is_worn, peer_certificates},
     },
 };
 

@@ -39,7 +39,8 @@ use crate::{
     pod::sockets::{Facing, PodSockets},
     policy::{Open, Policy},
     stats::{Connection, Direction, HandshakeFailure, Kind, Parties, PodStats},
-    tunnel::{AppSocket, Pool, tls::Stream},
+    tls::Stream,
+    tunnel::{AppSocket, Pool},
 };
 
 /// How long to wait before the next try when the agent is out of file descriptors or memory.

@@ -23,11 +23,11 @@ use crate::{
     bpf::Tag,
     identity::{Svid, Workload},
     stats::{Direction, HandshakeFailure, Parties, Party},
+    tls::{Stream, connect, is_worn},
     tunnel::{
         AppSocket, End, Header, Reason, Role, TraceId, Traffic,
         pool::{Key, Proof, Tunnel},
         relay, relay_plain,
-        tls::{Stream, connect, is_worn},
     },
 };
 

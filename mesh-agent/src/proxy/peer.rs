@@ -10,7 +10,7 @@ use mesh_common::{
 use crate::{
     identity::{Chain, Workload},
     stats::HandshakeFailure,
-    tunnel::tls::{Stream, peer_certificates},
+    tls::{Stream, peer_certificates},
 };
 
 /// A handshake that did not lead to a tunnel: the kind, and what an operator should read.

@@ -22,13 +22,13 @@ thread_local! {
 
 /// An empty buffer, for the length of a poll. Only who is left with bytes that nobody takes keeps
 /// it for longer, so idle connections hold none.
-pub(super) fn borrow() -> Vec<u8> {
+pub(crate) fn borrow() -> Vec<u8> {
     let spare = BUFFERS.with_borrow_mut(Vec::pop);
     spare.unwrap_or_else(|| Vec::with_capacity(CAPACITY))
 }
 
 /// Takes a buffer back; one that never was a buffer (no capacity) is nothing to keep.
-pub(super) fn give_back(mut buffer: Vec<u8>) {
+pub(crate) fn give_back(mut buffer: Vec<u8>) {
     buffer.clear();
     BUFFERS.with_borrow_mut(|spare| {
         if buffer.capacity() > 0 && spare.len() < SPARE {

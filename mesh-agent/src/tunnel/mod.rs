@@ -7,7 +7,6 @@
 //! * [`frame`]: values and bytes. Pure.
 //! * [`relay`](relay()): one connection over one tunnel, for either agent. [`relay_plain`]: the
 //!   same without a tunnel.
-//! * [`tls`]: the handshake, and [`kernel_tls`]: who encrypts when rustls does not.
 //! * [`server`]: what a server does with an idle tunnel. [`pool`]: where a client keeps its own.
 //!
 //! The client's agent, for a connection that an application has opened:
@@ -82,15 +81,13 @@
 //! ```
 
 mod app;
-mod buffer;
+pub(crate) mod buffer;
 pub mod frame;
-pub mod kernel_tls;
 mod plain;
 pub mod pool;
 mod pump;
 mod relay;
 pub mod server;
-pub mod tls;
 
 pub use app::{App, AppSocket};
 pub use buffer::ReadAhead;
@@ -103,4 +100,4 @@ pub use relay::{End, Outcome, Role, Traffic, Transport, relay};
 pub const ALPN: &[u8] = b"nodemesh/1";
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

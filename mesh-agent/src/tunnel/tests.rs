@@ -4,5 +4,5 @@ mod bounds;
 mod connection;
 mod corpus;
 mod hostile;
-pub(super) mod lab;
+pub(crate) mod lab;
 mod plain;

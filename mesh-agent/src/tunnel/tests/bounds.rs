@@ -15,9 +15,10 @@ use tokio::{
 };
 
 use super::{
-    super::{App, AppSocket, Role, Traffic, frame::MAX_FRAME, relay, tls::Stream},
+    super::{App, AppSocket, Role, Traffic, frame::MAX_FRAME, relay},
     lab::{header, tcp_pair, tls_configs, within},
 };
+use crate::tls::Stream;
 
 /// An application in memory.
 pub(super) struct InMemory(pub(super) DuplexStream);

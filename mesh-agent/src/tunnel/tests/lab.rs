@@ -15,10 +15,9 @@ use tokio::{
 };
 
 use super::super::{
-    ALPN, AppSocket, Header, Outcome, Role, TraceId, Traffic, relay,
-    server::next_open,
-    tls::{Stream, accept, connect},
+    ALPN, AppSocket, Header, Outcome, Role, TraceId, Traffic, relay, server::next_open,
 };
+use crate::tls::{Stream, accept, connect};
 
 /// Names the ends of the tests' tunnels that the kernel is to encrypt: `client`, `server` or both.
 const KERNEL_TLS: &str = "NODEMESH_TEST_KERNEL_TLS";
@@ -26,19 +25,19 @@ const KERNEL_TLS: &str = "NODEMESH_TEST_KERNEL_TLS";
 /// Nothing here takes that long unless it hangs.
 const DEADLINE: Duration = Duration::from_secs(60);
 
-pub(in crate::tunnel) async fn within<F: Future>(what: &str, future: F) -> F::Output {
+pub(crate) async fn within<F: Future>(what: &str, future: F) -> F::Output {
     tokio::time::timeout(DEADLINE, future).await.unwrap_or_else(|_| panic!("{what}: it hangs"))
 }
 
 /// Both ends of a TCP connection.
-pub(in crate::tunnel) async fn tcp_pair() -> (TcpStream, TcpStream) {
+pub(crate) async fn tcp_pair() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
     let dial = TcpStream::connect(listener.local_addr().unwrap());
     let (near, far) = tokio::join!(dial, listener.accept());
     (near.unwrap(), far.unwrap().0)
 }
 
-pub(in crate::tunnel) fn tls_configs() -> (Arc<ClientConfig>, Arc<ServerConfig>) {
+pub(crate) fn tls_configs() -> (Arc<ClientConfig>, Arc<ServerConfig>) {
     let rcgen::CertifiedKey { cert, signing_key } =
         rcgen::generate_simple_self_signed(["tunnel.test".to_owned()]).unwrap();
     let mut roots = RootCertStore::empty();
@@ -64,13 +63,13 @@ pub(in crate::tunnel) fn tls_configs() -> (Arc<ClientConfig>, Arc<ServerConfig>)
 }
 
 /// A tunnel, both ends of it.
-pub(in crate::tunnel) async fn tunnel() -> (Stream, Stream) {
+pub(crate) async fn tunnel() -> (Stream, Stream) {
     let ends = std::env::var(KERNEL_TLS).unwrap_or_default();
     tunnel_between(ends.contains("client"), ends.contains("server")).await.unwrap()
 }
 
 /// A tunnel whose ends the kernel encrypts, or not.
-pub(in crate::tunnel) async fn tunnel_between(
+pub(crate) async fn tunnel_between(
     client_in_kernel: bool,
     server_in_kernel: bool,
 ) -> io::Result<(Stream, Stream)> {
@@ -85,27 +84,27 @@ pub(in crate::tunnel) async fn tunnel_between(
     tokio::try_join!(connect(&client, name, near), accept(&server, far))
 }
 
-pub(in crate::tunnel) fn header() -> Header {
+pub(crate) fn header() -> Header {
     Header::new(SocketAddr::from(([192, 0, 2, 7], 40_001)), TraceId([0xab; 16]))
 }
 
 /// One agent's half of a connection: what became of it, and the tunnel back.
-pub(in crate::tunnel) type Agent = JoinHandle<(Outcome, Stream)>;
+pub(crate) type Agent = JoinHandle<(Outcome, Stream)>;
 
 /// A connection in progress.
-pub(in crate::tunnel) struct Connection {
+pub(crate) struct Connection {
     /// The client's application.
-    pub(in crate::tunnel) client: TcpStream,
+    pub(crate) client: TcpStream,
     /// The server's application.
-    pub(in crate::tunnel) server: TcpStream,
-    pub(in crate::tunnel) client_agent: Agent,
-    pub(in crate::tunnel) server_agent: Agent,
-    pub(in crate::tunnel) traffic: Arc<Traffic>,
+    pub(crate) server: TcpStream,
+    pub(crate) client_agent: Agent,
+    pub(crate) server_agent: Agent,
+    pub(crate) traffic: Arc<Traffic>,
 }
 
 impl Connection {
     /// Opens a connection through an idle tunnel.
-    pub(in crate::tunnel) async fn open((near, far): (Stream, Stream)) -> Self {
+    pub(crate) async fn open((near, far): (Stream, Stream)) -> Self {
         let (client, client_side) = tcp_pair().await;
         let (server, server_side) = tcp_pair().await;
         let traffic = Arc::<Traffic>::default();
@@ -118,12 +117,12 @@ impl Connection {
         }
     }
 
-    pub(in crate::tunnel) async fn new() -> Self {
+    pub(crate) async fn new() -> Self {
         Self::open(tunnel().await).await
     }
 
     /// Both agents' words for how it ended, and the tunnel, which must be idle again.
-    pub(in crate::tunnel) async fn ended(self) -> (&'static str, &'static str, (Stream, Stream)) {
+    pub(crate) async fn ended(self) -> (&'static str, &'static str, (Stream, Stream)) {
         let (at_client, near) = joined(self.client_agent).await;
         let (at_server, far) = joined(self.server_agent).await;
         assert!(at_client.reusable, "the client's agent: {}", at_client.end);
@@ -132,19 +131,15 @@ impl Connection {
     }
 }
 
-pub(in crate::tunnel) async fn joined(agent: Agent) -> (Outcome, Stream) {
+pub(crate) async fn joined(agent: Agent) -> (Outcome, Stream) {
     within("the agent", agent).await.unwrap()
 }
 
-pub(in crate::tunnel) fn client_agent(
-    app: TcpStream,
-    tunnel: Stream,
-    traffic: Arc<Traffic>,
-) -> Agent {
+pub(crate) fn client_agent(app: TcpStream, tunnel: Stream, traffic: Arc<Traffic>) -> Agent {
     client_agent_as(Role::Client(header()), app, tunnel, traffic)
 }
 
-pub(in crate::tunnel) fn client_agent_as(
+pub(crate) fn client_agent_as(
     role: Role,
     app: TcpStream,
     mut tunnel: Stream,
@@ -157,7 +152,7 @@ pub(in crate::tunnel) fn client_agent_as(
     })
 }
 
-pub(in crate::tunnel) fn server_agent(app: TcpStream, mut tunnel: Stream) -> Agent {
+pub(crate) fn server_agent(app: TcpStream, mut tunnel: Stream) -> Agent {
     let app = AppSocket::new(app).unwrap();
     tokio::spawn(async move {
         let opened = next_open(&mut tunnel).await.unwrap();
@@ -168,16 +163,14 @@ pub(in crate::tunnel) fn server_agent(app: TcpStream, mut tunnel: Stream) -> Age
 }
 
 /// Reads to a clean end.
-pub(in crate::tunnel) async fn read_all(
-    stream: &mut (impl tokio::io::AsyncRead + Unpin),
-) -> Vec<u8> {
+pub(crate) async fn read_all(stream: &mut (impl tokio::io::AsyncRead + Unpin)) -> Vec<u8> {
     let mut bytes = Vec::new();
     within("a read", stream.read_to_end(&mut bytes)).await.unwrap();
     bytes
 }
 
 /// Reads until something else than bytes comes, which must be a reset.
-pub(in crate::tunnel) async fn assert_reset(stream: &mut TcpStream) {
+pub(crate) async fn assert_reset(stream: &mut TcpStream) {
     let mut bytes = Vec::new();
     let error = within("a read", stream.read_to_end(&mut bytes)).await;
     let error = error.expect_err("a clean end where a reset is due");
@@ -185,22 +178,16 @@ pub(in crate::tunnel) async fn assert_reset(stream: &mut TcpStream) {
 }
 
 /// Resets a connection.
-pub(in crate::tunnel) fn reset(stream: TcpStream) {
+pub(crate) fn reset(stream: TcpStream) {
     socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
 }
 
-pub(in crate::tunnel) async fn say(
-    stream: &mut (impl tokio::io::AsyncWrite + Unpin),
-    bytes: &[u8],
-) {
+pub(crate) async fn say(stream: &mut (impl tokio::io::AsyncWrite + Unpin), bytes: &[u8]) {
     within("a write", stream.write_all(bytes)).await.unwrap();
     within("a flush", stream.flush()).await.unwrap();
 }
 
-pub(in crate::tunnel) async fn hear(
-    stream: &mut (impl tokio::io::AsyncRead + Unpin),
-    bytes: &[u8],
-) {
+pub(crate) async fn hear(stream: &mut (impl tokio::io::AsyncRead + Unpin), bytes: &[u8]) {
     let mut heard = vec![0; bytes.len()];
     within("a read", stream.read_exact(&mut heard)).await.unwrap();
     assert_eq!(heard, bytes);

@@ -8,14 +8,14 @@ use tokio_rustls::TlsStream;
 use tokio_util::either::Either;
 
 use super::{
-    super::{
-        frame::Frame,
-        tests::lab::{
-            assert_reset, header, hear, joined, say, server_agent, tcp_pair, tunnel_between, within,
-        },
-        tls::{Stream, is_worn},
-    },
+    super::{Stream, is_worn},
     *,
+};
+use crate::tunnel::{
+    frame::Frame,
+    tests::lab::{
+        assert_reset, header, hear, joined, say, server_agent, tcp_pair, tunnel_between, within,
+    },
 };
 
 const KEY: [u8; 32] = [7; 32];

@@ -2,6 +2,8 @@
 //! rustls or the kernel. The TLS configuration says which: whether it lets go of a connection's keys
 //! (`enable_secret_extraction`).
 
+pub mod kernel;
+
 use std::{io, sync::Arc};
 
 use rustls::{
@@ -16,7 +18,8 @@ use tokio::{
 use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
 use tokio_util::either::Either;
 
-use super::{ALPN, buffer::ReadAhead, kernel_tls::KernelTls};
+use self::kernel::KernelTls;
+use crate::tunnel::{ALPN, ReadAhead};
 
 /// What carries a tunnel between two agents.
 pub type Stream = Either<TlsStream<ReadAhead<TcpStream>>, KernelTls>;

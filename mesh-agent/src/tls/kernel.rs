@@ -30,8 +30,10 @@ use tokio::{
 };
 use zeroize::Zeroize as _;
 
-use super::buffer;
-use crate::sys::tls::{expect_no_padding, send_record};
+use crate::{
+    sys::tls::{expect_no_padding, send_record},
+    tunnel::buffer,
+};
 
 /// The plaintext of the largest record, in bytes.
 const RECORD: usize = 1 << 14;
