@@ -142,7 +142,10 @@ fn the_socket_is_root_s() {
     // Also when the permissions are opened by mistake.
     assert!(nix::unistd::geteuid().is_root(), "run the tests as root");
     let program = server.dir.path().join("mesh-control");
-    fs::copy(PROGRAM, &program).unwrap();
+    // By another process: what this one has open for writing, a child of another test could still
+    // have open when it is to be run.
+    let copied = Command::new("cp").arg(PROGRAM).arg(&program).status().unwrap();
+    assert!(copied.success());
     for (path, mode) in [(server.dir.path(), 0o755), (&socket, 0o666), (&program, 0o755)] {
         fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
     }
