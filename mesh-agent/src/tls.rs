@@ -19,10 +19,10 @@ use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
 use tokio_util::either::Either;
 
 use self::kernel::KernelTls;
-use crate::tunnel::{ALPN, ReadAhead};
+use crate::tunnel::{ALPN, Coalescing, ReadAhead};
 
 /// What carries a tunnel between two agents.
-pub type Stream = Either<TlsStream<ReadAhead<TcpStream>>, KernelTls>;
+pub type Stream = Either<TlsStream<ReadAhead<Coalescing>>, KernelTls>;
 
 /// Dials: the client's part of the handshake.
 ///
@@ -39,7 +39,7 @@ pub async fn connect(
         let session = ClientConnection::new(config, name).map_err(invalid)?;
         return in_kernel(session.into(), tcp).await;
     }
-    let stream = TlsConnector::from(config).connect(name, ReadAhead::new(tcp)).await?;
+    let stream = TlsConnector::from(config).connect(name, read_ahead(tcp)).await?;
     check_protocol(stream.get_ref().1)?;
     Ok(Either::Left(stream.into()))
 }
@@ -55,7 +55,7 @@ pub async fn accept(config: &Arc<ServerConfig>, tcp: TcpStream) -> io::Result<St
         let session = ServerConnection::new(config).map_err(invalid)?;
         return in_kernel(session.into(), tcp).await;
     }
-    let stream = TlsAcceptor::from(config).accept(ReadAhead::new(tcp)).await?;
+    let stream = TlsAcceptor::from(config).accept(read_ahead(tcp)).await?;
     check_protocol(stream.get_ref().1)?;
     Ok(Either::Left(stream.into()))
 }
@@ -72,6 +72,10 @@ pub fn peer_certificates(stream: &Stream) -> &[CertificateDer<'static>] {
 /// takes a new one in time.
 pub fn is_worn(stream: &Stream) -> bool {
     matches!(stream, Either::Right(stream) if stream.is_worn())
+}
+
+fn read_ahead(tcp: TcpStream) -> ReadAhead<Coalescing> {
+    ReadAhead::new(Coalescing::new(tcp))
 }
 
 fn check_protocol(session: &CommonState) -> io::Result<()> {

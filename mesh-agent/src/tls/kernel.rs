@@ -32,7 +32,7 @@ use zeroize::Zeroize as _;
 
 use crate::{
     sys::tls::{expect_no_padding, send_record},
-    tunnel::buffer,
+    tunnel::buffer::Buffer,
 };
 
 /// The plaintext of the largest record, in bytes.
@@ -105,10 +105,8 @@ fn meaningless(suite: CipherSuite) -> ConnectionTrafficSecrets {
 pub struct KernelTls {
     socket: TcpStream,
     peer: Vec<CertificateDer<'static>>,
-    /// What was received and not taken. Without capacity while there is nothing.
-    buffer: Vec<u8>,
-    /// How much of `buffer` has been taken.
-    taken: usize,
+    /// What was received and not taken.
+    buffer: Buffer,
     /// The peer has said close_notify.
     closed: bool,
     /// How many of [`BLOCKS`] are used.
@@ -129,7 +127,7 @@ impl KernelTls {
     ) -> io::Result<Self> {
         enable(&socket)?;
         hand_over(&socket, secrets)?;
-        Ok(Self { socket, peer, buffer: Vec::new(), taken: 0, closed: false, blocks: 0 })
+        Ok(Self { socket, peer, buffer: Buffer::default(), closed: false, blocks: 0 })
     }
 
     /// The peer's certificates, the leaf first.
@@ -146,18 +144,16 @@ impl KernelTls {
     fn poll_receive(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         loop {
             ready!(self.socket.poll_read_ready(cx))?;
-            let mut buffer = buffer::borrow();
             // Not `poll_read`: tokio takes a short read for the last one, but here it may be the end
             // of a record before another one.
-            match self.socket.try_read_buf(&mut buffer) {
-                Ok(1..) => {
-                    self.buffer = buffer;
-                    return Poll::Ready(Ok(()));
-                }
+            let received = self.socket.try_read(self.buffer.room());
+            self.buffer.fill(received.as_ref().map_or(0, |received| *received));
+            match received {
+                Ok(1..) => return Poll::Ready(Ok(())),
                 // Not even close_notify came before it: somebody cut the connection.
                 Ok(0) => return Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into())),
                 Err(error) => {
-                    buffer::give_back(buffer);
+                    self.buffer.take(0);
                     if error.raw_os_error() == Some(libc::EIO) {
                         // There is a record that is no application data.
                         return Poll::Ready(self.take_control_record());
@@ -212,16 +208,11 @@ impl AsyncBufRead for KernelTls {
         if this.buffer.is_empty() && !this.closed {
             ready!(this.poll_receive(cx))?;
         }
-        Poll::Ready(Ok(this.buffer.get(this.taken..).unwrap_or_default()))
+        Poll::Ready(Ok(this.buffer.bytes()))
     }
 
     fn consume(self: Pin<&mut Self>, taken: usize) {
-        let this = self.get_mut();
-        this.taken += taken;
-        if this.taken >= this.buffer.len() {
-            buffer::give_back(std::mem::take(&mut this.buffer));
-            this.taken = 0;
-        }
+        self.get_mut().buffer.take(taken);
     }
 }
 

@@ -3,11 +3,11 @@
 use std::{
     cell::RefCell,
     io,
-    pin::{Pin, pin},
+    pin::Pin,
     task::{Context, Poll},
 };
 
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::frame::{MAX_CONTROL, MAX_FRAME};
 
@@ -17,24 +17,66 @@ pub(super) const CAPACITY: usize = 4 * MAX_FRAME + 2 * MAX_CONTROL;
 /// Buffers that each worker thread keeps when nobody uses them.
 const SPARE: usize = 4;
 thread_local! {
-    static BUFFERS: RefCell<Vec<Vec<u8>>> = const { RefCell::new(Vec::new()) };
+    static SPARES: RefCell<Vec<Box<[u8]>>> = const { RefCell::new(Vec::new()) };
 }
 
-/// An empty buffer, for the length of a poll. Only who is left with bytes that nobody takes keeps
-/// it for longer, so idle connections hold none.
-pub(crate) fn borrow() -> Vec<u8> {
-    let spare = BUFFERS.with_borrow_mut(Vec::pop);
-    spare.unwrap_or_else(|| Vec::with_capacity(CAPACITY))
+/// Bytes on their way. It has room for [`CAPACITY`] only while there are any or some are expected:
+/// mostly for the length of a poll. Only who is left with bytes that nobody takes keeps it for
+/// longer, so idle connections hold none.
+#[derive(Debug, Default)]
+pub(crate) struct Buffer {
+    /// All of it is initialised, so that several pieces can be read into at once.
+    room: Box<[u8]>,
+    taken: usize,
+    filled: usize,
 }
 
-/// Takes a buffer back; one that never was a buffer (no capacity) is nothing to keep.
-pub(crate) fn give_back(mut buffer: Vec<u8>) {
-    buffer.clear();
-    BUFFERS.with_borrow_mut(|spare| {
-        if buffer.capacity() > 0 && spare.len() < SPARE {
-            spare.push(buffer);
+impl Buffer {
+    /// What is there, not yet taken.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        self.room.get(self.taken..self.filled).unwrap_or_default()
+    }
+
+    /// Whether everything was taken.
+    pub(crate) const fn is_empty(&self) -> bool {
+        self.taken == self.filled
+    }
+
+    /// The room behind what is there. If nothing comes of it, say so with `take(0)`.
+    pub(crate) fn room(&mut self) -> &mut [u8] {
+        if self.room.is_empty() {
+            let spare = SPARES.with_borrow_mut(Vec::pop);
+            self.room = spare.unwrap_or_else(|| vec![0; CAPACITY].into_boxed_slice());
         }
-    });
+        self.room.get_mut(self.filled..).unwrap_or_default()
+    }
+
+    /// So many bytes of the room hold something now.
+    pub(crate) fn fill(&mut self, bytes: usize) {
+        self.filled = self.room.len().min(self.filled + bytes);
+    }
+
+    /// Takes bytes from the front. With the last one the room goes, too.
+    pub(crate) fn take(&mut self, bytes: usize) {
+        self.taken = self.filled.min(self.taken + bytes);
+        if self.is_empty() {
+            (self.taken, self.filled) = (0, 0);
+            let room = std::mem::take(&mut self.room);
+            SPARES.with_borrow_mut(|spares| {
+                if !room.is_empty() && spares.len() < SPARE {
+                    spares.push(room);
+                }
+            });
+        }
+    }
+
+    /// Puts bytes behind what is there: control frames, for which every buffer has room.
+    pub(crate) fn append(&mut self, bytes: &[u8]) {
+        let room = self.room().get_mut(..bytes.len());
+        debug_assert!(room.is_some(), "no room for a control frame");
+        room.unwrap_or_default().copy_from_slice(bytes);
+        self.fill(bytes.len());
+    }
 }
 
 /// A socket under TLS, read in large pieces: rustls asks for 4 KiB at a time, which makes five
@@ -42,15 +84,13 @@ pub(crate) fn give_back(mut buffer: Vec<u8>) {
 #[derive(Debug)]
 pub struct ReadAhead<S> {
     inner: S,
-    buffer: Vec<u8>,
-    /// How much of `buffer` has been taken.
-    taken: usize,
+    buffer: Buffer,
 }
 
 impl<S> ReadAhead<S> {
     /// Nothing has been read yet.
-    pub const fn new(inner: S) -> Self {
-        Self { inner, buffer: Vec::new(), taken: 0 }
+    pub fn new(inner: S) -> Self {
+        Self { inner, buffer: Buffer::default() }
     }
 
     /// The socket, for its addresses and options.
@@ -65,24 +105,22 @@ impl<S: AsyncRead + Unpin> AsyncRead for ReadAhead<S> {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let this = self.get_mut();
-        if this.buffer.is_empty() {
-            let mut buffer = borrow();
-            let read = pin!(this.inner.read_buf(&mut buffer)).poll(cx);
-            if buffer.is_empty() {
-                give_back(buffer);
-                return read.map_ok(|_| ());
+        let Self { inner, buffer } = self.get_mut();
+        if buffer.is_empty() {
+            let mut room = ReadBuf::new(buffer.room());
+            let read = Pin::new(inner).poll_read(cx, &mut room);
+            let got = room.filled().len();
+            buffer.fill(got);
+            if got == 0 {
+                buffer.take(0);
+                return read;
             }
-            this.buffer = buffer;
         }
-        let rest = this.buffer.get(this.taken..).unwrap_or_default();
-        let piece = rest.get(..buf.remaining()).unwrap_or(rest);
+        let piece = buffer.bytes();
+        let piece = piece.get(..buf.remaining()).unwrap_or(piece);
         buf.put_slice(piece);
-        this.taken += piece.len();
-        if this.taken == this.buffer.len() {
-            give_back(std::mem::take(&mut this.buffer));
-            this.taken = 0;
-        }
+        let taken = piece.len();
+        buffer.take(taken);
         Poll::Ready(Ok(()))
     }
 }
@@ -119,7 +157,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for ReadAhead<S> {
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::AsyncWriteExt as _;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
     use super::*;
 
@@ -139,19 +177,36 @@ mod tests {
             if n == 0 {
                 break;
             }
-            assert!(ahead.buffer.capacity() <= CAPACITY);
+            assert!(ahead.buffer.room.len() <= CAPACITY);
         }
         assert!(got == sent);
-        assert_eq!(ahead.buffer.capacity(), 0);
+        assert_eq!(ahead.buffer.room.len(), 0);
     }
 
     #[test]
     fn a_thread_keeps_few_buffers() {
-        let lent: Vec<_> = (0..SPARE + 3).map(|_| borrow()).collect();
-        lent.into_iter().for_each(give_back);
-        give_back(Vec::new());
-        let kept = BUFFERS.with_borrow(|spare| spare.iter().map(Vec::capacity).collect::<Vec<_>>());
-        assert_eq!(kept.len(), SPARE);
-        assert!(kept.iter().all(|capacity| *capacity >= CAPACITY));
+        let mut lent: Vec<_> = (0..SPARE + 3).map(|_| Buffer::default()).collect();
+        for buffer in &mut lent {
+            assert_eq!(buffer.room().len(), CAPACITY);
+        }
+        lent.iter_mut().for_each(|buffer| buffer.take(0));
+        Buffer::default().take(0);
+        let kept =
+            SPARES.with_borrow(|spares| spares.iter().map(|room| room.len()).collect::<Vec<_>>());
+        assert_eq!(kept, [CAPACITY; SPARE]);
+    }
+
+    #[test]
+    fn what_was_put_in_comes_out_in_order() {
+        let mut buffer = Buffer::default();
+        buffer.append(b"control");
+        buffer.room()[..4].copy_from_slice(b"data");
+        buffer.fill(4);
+        buffer.take(3);
+        buffer.append(b"!");
+        assert_eq!(buffer.bytes(), b"troldata!");
+        buffer.take(9);
+        assert!(buffer.is_empty() && buffer.room.is_empty());
+        assert_eq!(buffer.room().len(), CAPACITY);
     }
 }

@@ -19,8 +19,8 @@
 //! };
 //! use tokio::net::TcpStream;
 //! # use std::io::Result;
-//! # use mesh_agent::tunnel::ReadAhead;
-//! # type Stream = tokio_rustls::client::TlsStream<ReadAhead<TcpStream>>;
+//! # use mesh_agent::tunnel::{Coalescing, ReadAhead};
+//! # type Stream = tokio_rustls::client::TlsStream<ReadAhead<Coalescing>>;
 //! # async fn dial(key: &Key, proof: Proof) -> Result<Tunnel<Stream>> { unimplemented!() }
 //!
 //! async fn carry(accepted: TcpStream, pool: &Pool<Stream>, key: Key, proof: Proof) -> Result<()> {
@@ -82,6 +82,7 @@
 
 mod app;
 pub(crate) mod buffer;
+mod coalescing;
 pub mod frame;
 mod plain;
 pub mod pool;
@@ -91,6 +92,7 @@ pub mod server;
 
 pub use app::{App, AppSocket};
 pub use buffer::ReadAhead;
+pub use coalescing::Coalescing;
 pub use frame::{Header, Malformed, Reason, Refusal, TraceId};
 pub use plain::relay_plain;
 pub use pool::{Pool, PoolLimits};

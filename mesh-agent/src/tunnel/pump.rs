@@ -1,25 +1,30 @@
 //! One direction of a relay: from a socket, perhaps framed, to whatever takes the bytes.
 
 use std::{
-    io,
-    pin::{Pin, pin},
+    array,
+    io::{self, IoSliceMut},
+    pin::Pin,
     task::{Context, Poll, ready},
 };
 
-use bytes::BufMut as _;
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite};
+use tokio::io::AsyncWrite;
 
 use super::{
-    buffer,
+    app::App,
+    buffer::{self, Buffer},
     frame::{FRAME_HEADER, Frame, MAX_CONTROL, MAX_DATA, MAX_FRAME},
 };
 
 /// Payload frames that one write may carry. A bulk stream then costs a quarter of the writes.
 const BATCH: usize = 4;
+/// Bytes that are read at once, with the headers of their frames: no more than a segment of the
+/// loopback interface (MTU 65536) has room for, lest each is followed by another of a few bytes.
+const AT_ONCE: usize = (1 << 16) - 128;
 // A preface (OPEN or STATUS) goes before the frames of a batch, and a FIN or RESET after them.
-const _: () = assert!(BATCH * MAX_FRAME + 2 * MAX_CONTROL <= buffer::CAPACITY);
+const _: () = assert!(AT_ONCE <= BATCH * MAX_FRAME);
+const _: () = assert!(AT_ONCE + 2 * MAX_CONTROL <= buffer::CAPACITY);
 /// Bytes after which a direction lets other tasks run.
-pub(super) const TURN: usize = 4 * BATCH * MAX_FRAME;
+pub(super) const TURN: usize = 4 * AT_ONCE;
 
 /// What the bytes look like on the sink.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,15 +55,16 @@ pub(super) enum PumpError {
     Sink(io::Error),
 }
 
-/// Moves bytes one way. The sink's backpressure reaches the source: nothing is read before
-/// everything read earlier is written and flushed.
+/// Moves bytes one way. The sink's backpressure reaches the source: nothing is read before the sink
+/// has taken everything read earlier. It is flushed when there is nothing more to read.
 #[derive(Debug)]
 pub(super) struct Pump {
     framing: Framing,
-    /// Bytes for the sink. Without capacity while there are none.
-    buffer: Vec<u8>,
-    /// How much of `buffer` the sink has taken.
-    written: usize,
+    /// Bytes for the sink.
+    buffer: Buffer,
+    /// The sink has not taken all of `buffer`, and nothing is put behind it.
+    stuck: bool,
+    /// The sink may be holding back what it has taken.
     unflushed: bool,
     /// Nothing follows what is in `buffer`.
     ended: bool,
@@ -75,16 +81,22 @@ enum Gathered {
 }
 
 impl Pump {
-    pub(super) const fn new(framing: Framing) -> Self {
-        Self { framing, buffer: Vec::new(), written: 0, unflushed: false, ended: false, moved: 0 }
+    pub(super) fn new(framing: Framing) -> Self {
+        Self {
+            framing,
+            buffer: Buffer::default(),
+            stuck: false,
+            unflushed: false,
+            ended: false,
+            moved: 0,
+        }
     }
 
     /// Puts a control frame behind what is already there.
     pub(super) fn push(&mut self, frame: &Frame) {
-        if self.buffer.capacity() == 0 {
-            self.buffer = buffer::borrow();
-        }
-        frame.encode(&mut self.buffer);
+        let mut bytes = Vec::with_capacity(MAX_CONTROL);
+        frame.encode(&mut bytes);
+        self.buffer.append(&bytes);
     }
 
     /// Puts a last frame behind what is already there.
@@ -110,20 +122,16 @@ impl Pump {
     /// # Errors
     /// [`PumpError`]. After a [`PumpError::Source`] the pump goes on: end it with
     /// [`Pump::end_with`], and what was read before the error still comes first.
-    pub(super) fn poll<R, W>(
+    pub(super) fn poll<R: App, W: AsyncWrite + Unpin>(
         &mut self,
         cx: &mut Context<'_>,
         mut source: Option<&mut R>,
         sink: &mut W,
         window: Window,
-    ) -> Poll<Result<(), PumpError>>
-    where
-        R: AsyncRead + Unpin,
-        W: AsyncWrite + Unpin,
-    {
+    ) -> Poll<Result<(), PumpError>> {
         let mut turn = 0;
         loop {
-            if self.written > 0 || self.unflushed {
+            if self.stuck {
                 ready!(self.poll_drain(cx, sink)).map_err(PumpError::Sink)?;
             }
             let mut gathered = Gathered::Blocked;
@@ -138,83 +146,91 @@ impl Pump {
             {
                 gathered = self.gather(cx, source, window).map_err(|_| PumpError::Source)?;
             }
-            turn += self.buffer.len() - self.written;
+            turn += self.buffer.bytes().len();
             ready!(self.poll_drain(cx, sink)).map_err(PumpError::Sink)?;
-            if self.ended {
-                return Poll::Ready(Ok(()));
-            }
             match gathered {
-                Gathered::Blocked => return Poll::Pending,
-                Gathered::Enough if turn >= TURN => {
+                Gathered::Enough if turn >= TURN && !self.ended => {
                     cx.waker().wake_by_ref();
                     return Poll::Pending;
                 }
-                Gathered::Enough => {}
+                Gathered::Enough if !self.ended => {}
+                Gathered::Blocked | Gathered::Enough => {
+                    ready!(self.poll_flush(cx, sink)).map_err(PumpError::Sink)?;
+                    return if self.ended { Poll::Ready(Ok(())) } else { Poll::Pending };
+                }
             }
         }
     }
 
     /// Reads what is there, as far as the buffer has room for full frames.
-    fn gather<R: AsyncRead + Unpin>(
+    fn gather<R: App>(
         &mut self,
         cx: &mut Context<'_>,
         source: &mut R,
         window: Window,
     ) -> io::Result<Gathered> {
-        if self.buffer.capacity() == 0 {
-            self.buffer = buffer::borrow();
-        }
         let (header, most, batch) = match (self.framing, window) {
             (Framing::Frames, Window::Open) => (FRAME_HEADER, MAX_DATA, BATCH),
             (Framing::Frames, Window::Closed | Window::OneFrame) => (FRAME_HEADER, MAX_DATA, 1),
-            (Framing::Raw, _) => (0, BATCH * MAX_DATA, 1),
+            (Framing::Raw, _) => (0, AT_ONCE, 1),
         };
-        for _ in 0..batch {
-            let start = self.buffer.len();
-            self.buffer.resize(start + header, 0);
-            let read = pin!(source.read_buf(&mut (&mut self.buffer).limit(most))).poll(cx);
-            let Poll::Ready(Ok(read @ 1..)) = read else {
-                self.buffer.truncate(start);
-                return match read {
-                    Poll::Pending => Ok(Gathered::Blocked),
-                    Poll::Ready(Err(error)) => Err(error),
-                    Poll::Ready(Ok(_)) => {
-                        self.ended = true;
-                        if self.framing == Framing::Frames {
-                            Frame::Fin.encode(&mut self.buffer);
-                        }
-                        Ok(Gathered::Enough)
+        let room = self.buffer.room().get_mut(..AT_ONCE).unwrap_or_default();
+        let mut payloads = room.chunks_mut(header + most).filter_map(|it| it.get_mut(header..));
+        let mut parts: [_; BATCH] =
+            array::from_fn(|_| IoSliceMut::new(payloads.next().unwrap_or_default()));
+        let read = source.poll_read(cx, parts.get_mut(..batch).unwrap_or_default());
+        let Poll::Ready(Ok(read @ 1..)) = read else {
+            self.buffer.take(0);
+            return match read {
+                Poll::Pending => Ok(Gathered::Blocked),
+                Poll::Ready(Err(error)) => Err(error),
+                Poll::Ready(Ok(_)) => {
+                    self.ended = true;
+                    if self.framing == Framing::Frames {
+                        self.push(&Frame::Fin);
                     }
-                };
+                    Ok(Gathered::Enough)
+                }
             };
-            self.moved += read as u64;
-            if self.framing == Framing::Frames
-                && let Some(field) = self.buffer.get_mut(start..start + header)
-            {
-                field.copy_from_slice(&Frame::data_header(read));
+        };
+        self.moved += read as u64;
+        let (mut rest, mut filled) = (read, read);
+        let frames = self.buffer.room().chunks_mut(header + most);
+        for frame in frames.take(read.div_ceil(most)) {
+            let payload = rest.min(most);
+            if let (Framing::Frames, Some(field)) = (self.framing, frame.get_mut(..header)) {
+                field.copy_from_slice(&Frame::data_header(payload));
             }
-            if read < most {
-                break;
-            }
+            rest -= payload;
+            filled += header;
         }
+        self.buffer.fill(filled);
         Ok(Gathered::Enough)
     }
 
-    /// Writes and flushes the buffer, then gives it back.
+    /// Has the sink take the buffer.
     fn poll_drain<W: AsyncWrite + Unpin>(
         &mut self,
         cx: &mut Context<'_>,
         sink: &mut W,
     ) -> Poll<io::Result<()>> {
-        while let Some(rest) = self.buffer.get(self.written..).filter(|rest| !rest.is_empty()) {
-            match ready!(Pin::new(&mut *sink).poll_write(cx, rest))? {
+        while !self.buffer.is_empty() {
+            self.stuck = true;
+            match ready!(Pin::new(&mut *sink).poll_write(cx, self.buffer.bytes()))? {
                 0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
-                n => self.written += n,
+                n => self.buffer.take(n),
             }
             self.unflushed = true;
         }
-        buffer::give_back(std::mem::take(&mut self.buffer));
-        self.written = 0;
+        self.stuck = false;
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_flush<W: AsyncWrite + Unpin>(
+        &mut self,
+        cx: &mut Context<'_>,
+        sink: &mut W,
+    ) -> Poll<io::Result<()>> {
         if self.unflushed {
             ready!(Pin::new(sink).poll_flush(cx))?;
             self.unflushed = false;

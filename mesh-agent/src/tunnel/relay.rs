@@ -291,6 +291,10 @@ impl<'a, A: App, T: Transport> Relay<'a, A, T> {
                 return Ok(Poll::Pending);
             }
             let Poll::Ready(input) = Pin::new(&mut *self.tunnel).poll_fill_buf(cx) else {
+                if let Some(app) = self.app.as_mut() {
+                    // An error means that the connection is gone, which reading it will say.
+                    let _flushed = Pin::new(app).poll_flush(cx);
+                }
                 return Ok(Poll::Pending);
             };
             let input = input.map_err(End::TunnelLost)?;

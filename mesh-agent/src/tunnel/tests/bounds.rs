@@ -1,43 +1,42 @@
 //! How much a connection may hold.
 
 use std::{
-    io,
+    io::{self, IoSliceMut},
     pin::Pin,
     task::{Context, Poll, Waker},
 };
 
 use tokio::{
     io::{
-        AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, BufReader, DuplexStream,
-        ReadBuf,
+        AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, BufReader, BufStream,
+        DuplexStream, ReadBuf,
     },
     net::TcpStream,
 };
 
 use super::{
-    super::{App, AppSocket, Role, Traffic, frame::MAX_FRAME, relay},
-    lab::{header, tcp_pair, tls_configs, within},
+    super::{App, AppSocket, Role, Traffic, frame::MAX_FRAME, relay, relay_plain},
+    lab::{header, hear, say, tcp_pair, tls_configs, within},
 };
 use crate::tls::Stream;
 
 /// An application in memory.
-pub(super) struct InMemory(pub(super) DuplexStream);
+pub(super) struct InMemory<S = DuplexStream>(pub(super) S);
 
-impl App for InMemory {
+impl<S: AsyncRead + AsyncWrite + Unpin> App for InMemory<S> {
+    fn poll_read(
+        &mut self,
+        cx: &mut Context<'_>,
+        parts: &mut [IoSliceMut<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let mut buf = ReadBuf::new(&mut parts[0]);
+        Pin::new(&mut self.0).poll_read(cx, &mut buf).map_ok(|()| buf.filled().len())
+    }
+
     fn finish(self) {}
 }
 
-impl AsyncRead for InMemory {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_read(cx, buf)
-    }
-}
-
-impl AsyncWrite for InMemory {
+impl<S: AsyncWrite + Unpin> AsyncWrite for InMemory<S> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -59,20 +58,15 @@ impl AsyncWrite for InMemory {
 struct Endless;
 
 impl App for Endless {
-    fn finish(self) {}
-}
-
-impl AsyncRead for Endless {
     fn poll_read(
-        self: Pin<&mut Self>,
+        &mut self,
         _: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let len = buf.remaining();
-        buf.initialize_unfilled();
-        buf.advance(len);
-        Poll::Ready(Ok(()))
+        parts: &mut [IoSliceMut<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Poll::Ready(Ok(parts.iter().map(|part| part.len()).sum()))
     }
+
+    fn finish(self) {}
 }
 
 impl AsyncWrite for Endless {
@@ -159,6 +153,63 @@ async fn what_an_agent_takes_for_an_application_that_is_stuck_is_bounded() {
     // The sender's 64 KiB of ciphertext, the pipe, and at most two records at the receiver.
     assert!(sent >= 4096, "{sent} bytes");
     assert!(sent <= 64 * 1024 + 3 * MAX_FRAME as u64, "{sent} bytes sent into a stuck connection");
+}
+
+#[tokio::test]
+async fn what_a_relay_without_a_tunnel_takes_is_bounded() {
+    let traffic = Traffic::default();
+    let counted = [&traffic];
+    let mut relay = std::pin::pin!(relay_plain(Endless, Endless, &counted));
+    for _ in 0..100 {
+        let cx = &mut Context::from_waker(Waker::noop());
+        assert!(relay.as_mut().poll(cx).is_pending());
+    }
+    for held in [traffic.from_client(), traffic.from_server()] {
+        assert!((MAX_FRAME as u64..=64 * 1024).contains(&held), "{held} bytes");
+    }
+}
+
+/// An application, or another agent, and a sink that keeps what it is given until it is flushed.
+fn hoarding() -> (DuplexStream, BufStream<DuplexStream>) {
+    let (near, far) = tokio::io::duplex(1 << 10);
+    (near, BufStream::new(far))
+}
+
+#[tokio::test]
+async fn what_sinks_hold_back_is_let_go_when_nothing_follows() {
+    let (mut application, app) = hoarding();
+    let (mut far, mut tunnel) = hoarding();
+    let traffic = Traffic::default();
+    let relay = relay(InMemory(app), &mut tunnel, Role::Server, &traffic);
+    let talk = async {
+        say(&mut application, b"answer").await;
+        hear(&mut far, b"\x02\0\x01\0\x03\0\x06answer").await;
+        say(&mut far, b"\x03\0\x08question").await;
+        hear(&mut application, b"question").await;
+    };
+    tokio::select! {
+        outcome = relay => panic!("{outcome:?}", outcome = outcome.end),
+        () = talk => {}
+    }
+}
+
+#[tokio::test]
+async fn without_a_tunnel_as_well() {
+    let (mut client, client_side) = hoarding();
+    let (mut server, server_side) = hoarding();
+    let traffic = Traffic::default();
+    let counted = [&traffic];
+    let relay = relay_plain(InMemory(client_side), InMemory(server_side), &counted);
+    let talk = async {
+        say(&mut client, b"question").await;
+        hear(&mut server, b"question").await;
+        say(&mut server, b"answer").await;
+        hear(&mut client, b"answer").await;
+    };
+    tokio::select! {
+        end = relay => panic!("{end:?}"),
+        () = talk => {}
+    }
 }
 
 #[tokio::test]
