@@ -134,18 +134,10 @@ impl Pump {
             if self.stuck {
                 ready!(self.poll_drain(cx, sink)).map_err(PumpError::Sink)?;
             }
-            let mut gathered = Gathered::Blocked;
-            let open = match window {
-                Window::Closed => false,
-                Window::OneFrame => self.moved == 0,
-                Window::Open => true,
+            let gathered = match source.as_deref_mut() {
+                Some(source) => self.gather(cx, source, window).map_err(|_| PumpError::Source)?,
+                None => Gathered::Blocked,
             };
-            if !self.ended
-                && open
-                && let Some(source) = source.as_deref_mut()
-            {
-                gathered = self.gather(cx, source, window).map_err(|_| PumpError::Source)?;
-            }
             turn += self.buffer.bytes().len();
             ready!(self.poll_drain(cx, sink)).map_err(PumpError::Sink)?;
             match gathered {
@@ -162,36 +154,57 @@ impl Pump {
         }
     }
 
-    /// Reads what is there, as far as the buffer has room for full frames.
+    /// Reads what is there, as far as the window and the buffer allow. An end that is known to come
+    /// right behind the last bytes goes with them.
     fn gather<R: App>(
         &mut self,
         cx: &mut Context<'_>,
         source: &mut R,
         window: Window,
     ) -> io::Result<Gathered> {
-        let (header, most, batch) = match (self.framing, window) {
-            (Framing::Frames, Window::Open) => (FRAME_HEADER, MAX_DATA, BATCH),
-            (Framing::Frames, Window::Closed | Window::OneFrame) => (FRAME_HEADER, MAX_DATA, 1),
-            (Framing::Raw, _) => (0, AT_ONCE, 1),
+        while !self.ended {
+            let batch = match window {
+                Window::Open => BATCH,
+                Window::OneFrame if self.moved == 0 => 1,
+                Window::OneFrame | Window::Closed => return Ok(Gathered::Blocked),
+            };
+            let free = AT_ONCE.saturating_sub(self.buffer.bytes().len());
+            if free < MAX_FRAME {
+                break;
+            }
+            match self.poll_read(cx, source, free, batch) {
+                Poll::Pending => return Ok(Gathered::Blocked),
+                Poll::Ready(read) => read?,
+            }
+        }
+        Ok(Gathered::Enough)
+    }
+
+    /// Reads once, at most `free` bytes with their headers, and at most `batch` frames.
+    fn poll_read<R: App>(
+        &mut self,
+        cx: &mut Context<'_>,
+        source: &mut R,
+        free: usize,
+        batch: usize,
+    ) -> Poll<io::Result<()>> {
+        let (header, most, batch) = match self.framing {
+            Framing::Frames => (FRAME_HEADER, MAX_DATA, batch),
+            Framing::Raw => (0, free, 1),
         };
-        let room = self.buffer.room().get_mut(..AT_ONCE).unwrap_or_default();
+        let room = self.buffer.room().get_mut(..free).unwrap_or_default();
         let mut payloads = room.chunks_mut(header + most).filter_map(|it| it.get_mut(header..));
         let mut parts: [_; BATCH] =
             array::from_fn(|_| IoSliceMut::new(payloads.next().unwrap_or_default()));
         let read = source.poll_read(cx, parts.get_mut(..batch).unwrap_or_default());
         let Poll::Ready(Ok(read @ 1..)) = read else {
             self.buffer.take(0);
-            return match read {
-                Poll::Pending => Ok(Gathered::Blocked),
-                Poll::Ready(Err(error)) => Err(error),
-                Poll::Ready(Ok(_)) => {
-                    self.ended = true;
-                    if self.framing == Framing::Frames {
-                        self.push(&Frame::Fin);
-                    }
-                    Ok(Gathered::Enough)
+            return read.map_ok(|_| {
+                self.ended = true;
+                if self.framing == Framing::Frames {
+                    self.push(&Frame::Fin);
                 }
-            };
+            });
         };
         self.moved += read as u64;
         let (mut rest, mut filled) = (read, read);
@@ -205,7 +218,7 @@ impl Pump {
             filled += header;
         }
         self.buffer.fill(filled);
-        Ok(Gathered::Enough)
+        Poll::Ready(Ok(()))
     }
 
     /// Has the sink take the buffer.

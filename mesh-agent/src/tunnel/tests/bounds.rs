@@ -222,8 +222,8 @@ async fn a_stuck_connection_does_not_stop_the_one_beside_it() {
     });
     let mut lively = super::lab::Connection::new().await;
     for _ in 0..100 {
-        super::lab::say(&mut lively.client, b"ping").await;
-        super::lab::hear(&mut lively.server, b"ping").await;
+        say(&mut lively.client, b"ping").await;
+        hear(&mut lively.server, b"ping").await;
     }
     // Backpressure reached the writer: kernel buffers end somewhere below 64 MiB.
     let writer =
