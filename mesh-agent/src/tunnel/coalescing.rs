@@ -25,13 +25,15 @@ pub struct Coalescing {
     stream: TcpStream,
     /// The kernel may be waiting.
     held: bool,
+    /// There was more to read than room for it.
+    bulk: bool,
 }
 
 impl Coalescing {
     /// Takes a connected socket.
     #[must_use]
     pub const fn new(stream: TcpStream) -> Self {
-        Self { stream, held: false }
+        Self { stream, held: false, bulk: false }
     }
 
     /// The socket, for its addresses and options.
@@ -40,18 +42,41 @@ impl Coalescing {
         &self.stream
     }
 
-    /// Reads what is there into `parts`, each filled before the next, by one system call.
+    /// Reads what is there by one system call: into the first of `parts`, or, after a read that was
+    /// not enough for what was there, into all of them, each filled before the next.
     pub(super) fn poll_read_parts(
-        &self,
+        &mut self,
         cx: &mut Context<'_>,
         parts: &mut [IoSliceMut<'_>],
     ) -> Poll<io::Result<usize>> {
+        let parts = if self.bulk { parts } else { parts.get_mut(..1).unwrap_or_default() };
         let whole = parts.iter().map(|part| part.len()).sum();
         loop {
             ready!(self.stream.poll_read_ready(cx))?;
-            let read = || (&*SockRef::from(&self.stream)).read_vectored(parts);
+            let read = || match &mut *parts {
+                [part] => (&*SockRef::from(&self.stream)).read(part),
+                parts => (&*SockRef::from(&self.stream)).read_vectored(parts),
+            };
             if let Some(read) = self.attempt(Interest::READABLE, whole, read) {
+                self.bulk = read.as_ref().is_ok_and(|read| *read == whole);
                 return Poll::Ready(read);
+            }
+        }
+    }
+
+    fn poll_write_large(
+        &mut self,
+        cx: &mut Context<'_>,
+        bufs: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let whole = bufs.iter().map(|buf| buf.len()).sum();
+        loop {
+            ready!(self.stream.poll_write_ready(cx))?;
+            let socket = SockRef::from(&self.stream);
+            let write = || socket.send_vectored_with_flags(bufs, MSG_MORE | MSG_NOSIGNAL);
+            if let Some(written) = self.attempt(Interest::WRITABLE, whole, write) {
+                self.held = true;
+                return Poll::Ready(written);
             }
         }
     }
@@ -92,30 +117,30 @@ impl AsyncRead for Coalescing {
 
 impl AsyncWrite for Coalescing {
     fn poll_write(
-        self: Pin<&mut Self>,
+        mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
-        self.poll_write_vectored(cx, &[IoSlice::new(buf)])
+        if buf.len() >= LARGE {
+            return self.poll_write_large(cx, &[IoSlice::new(buf)]);
+        }
+        self.held = false;
+        Pin::new(&mut self.stream).poll_write(cx, buf)
     }
 
     fn poll_write_vectored(
-        self: Pin<&mut Self>,
+        mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let this = self.get_mut();
-        let whole = bufs.iter().map(|buf| buf.len()).sum();
-        let more = if whole < LARGE { 0 } else { MSG_MORE };
-        loop {
-            ready!(this.stream.poll_write_ready(cx))?;
-            let socket = SockRef::from(&this.stream);
-            let write = || socket.send_vectored_with_flags(bufs, more | MSG_NOSIGNAL);
-            if let Some(written) = this.attempt(Interest::WRITABLE, whole, write) {
-                this.held = more != 0;
-                return Poll::Ready(written);
-            }
+        if let [buf] = bufs {
+            return self.poll_write(cx, buf);
         }
+        if bufs.iter().map(|buf| buf.len()).sum::<usize>() >= LARGE {
+            return self.poll_write_large(cx, bufs);
+        }
+        self.held = false;
+        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -194,17 +219,21 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn parts_are_filled_one_after_the_other() {
-        let (near, mut far) = pair().await;
-        far.write_all(b"hello").await.unwrap();
+    async fn a_read_that_was_not_enough_is_followed_by_a_larger_one() {
+        let (mut near, mut far) = pair().await;
+        far.write_all(b"hello, world").await.unwrap();
         near.stream.readable().await.unwrap();
-        let (mut first, mut second) = ([0; 3], [0; 3]);
-        let mut parts = [IoSliceMut::new(&mut first), IoSliceMut::new(&mut second)];
-        let read = std::future::poll_fn(|cx| near.poll_read_parts(cx, &mut parts)).await;
-        assert_eq!((read.unwrap(), &first, &second), (5, b"hel", b"lo\0"));
-        // It was a short read, and the next one waits without having asked the kernel.
-        let cx = &mut Context::from_waker(std::task::Waker::noop());
+        let (mut first, mut second) = ([0; 4], [0; 3]);
+        for (expected, filled) in [(4, b"hell\0\0\0"), (7, b"o, worl"), (1, b"d, worl")] {
+            let mut parts = [IoSliceMut::new(&mut first), IoSliceMut::new(&mut second)];
+            let read = std::future::poll_fn(|cx| near.poll_read_parts(cx, &mut parts)).await;
+            assert_eq!(read.unwrap(), expected);
+            assert_eq!([&first[..], &second[..]].concat(), filled);
+        }
+        // The last one was short, and the next one waits without having asked the kernel.
+        assert!(!near.bulk);
         let mut parts = [IoSliceMut::new(&mut first)];
+        let cx = &mut Context::from_waker(std::task::Waker::noop());
         assert!(near.poll_read_parts(cx, &mut parts).is_pending());
         drop(far);
         let read = std::future::poll_fn(|cx| near.poll_read_parts(cx, &mut parts)).await;
