@@ -150,7 +150,7 @@ impl AsyncWrite for Coalescing {
     fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         if this.held {
-            // tcp(7) has it for TCP_CORK: setting it flushes pending output.
+            // Sets what is set, which sends what is pending: tcp(7).
             this.stream.set_nodelay(true)?;
             this.held = false;
         }
