@@ -72,14 +72,6 @@ pub(super) struct Pump {
     moved: u64,
 }
 
-/// Why [`Pump::gather`] stopped.
-enum Gathered {
-    /// The source has nothing more at present and will wake the task.
-    Blocked,
-    /// There may be more, or the source has ended.
-    Enough,
-}
-
 impl Pump {
     pub(super) fn new(framing: Framing) -> Self {
         Self {
@@ -134,50 +126,48 @@ impl Pump {
             if self.stuck {
                 ready!(self.poll_drain(cx, sink)).map_err(PumpError::Sink)?;
             }
-            let gathered = match source.as_deref_mut() {
+            let more = match source.as_deref_mut() {
                 Some(source) => self.gather(cx, source, window).map_err(|_| PumpError::Source)?,
-                None => Gathered::Blocked,
+                None => false,
             };
             turn += self.buffer.bytes().len();
             ready!(self.poll_drain(cx, sink)).map_err(PumpError::Sink)?;
-            match gathered {
-                Gathered::Enough if turn >= TURN && !self.ended => {
-                    cx.waker().wake_by_ref();
-                    return Poll::Pending;
-                }
-                Gathered::Enough if !self.ended => {}
-                Gathered::Blocked | Gathered::Enough => {
-                    ready!(self.poll_flush(cx, sink)).map_err(PumpError::Sink)?;
-                    return if self.ended { Poll::Ready(Ok(())) } else { Poll::Pending };
-                }
+            if !more {
+                ready!(self.poll_flush(cx, sink)).map_err(PumpError::Sink)?;
+                return if self.ended { Poll::Ready(Ok(())) } else { Poll::Pending };
+            }
+            if turn >= TURN {
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
             }
         }
     }
 
     /// Reads what is there, as far as the window and the buffer allow. An end that is known to come
-    /// right behind the last bytes goes with them.
+    /// right behind the last bytes goes with them. False if nothing more is to be had, at present or
+    /// ever.
     fn gather<R: App>(
         &mut self,
         cx: &mut Context<'_>,
         source: &mut R,
         window: Window,
-    ) -> io::Result<Gathered> {
+    ) -> io::Result<bool> {
         while !self.ended {
             let batch = match window {
                 Window::Open => BATCH,
                 Window::OneFrame if self.moved == 0 => 1,
-                Window::OneFrame | Window::Closed => return Ok(Gathered::Blocked),
+                Window::OneFrame | Window::Closed => return Ok(false),
             };
             let free = AT_ONCE.saturating_sub(self.buffer.bytes().len());
             if free < MAX_FRAME {
-                break;
+                return Ok(true);
             }
             match self.poll_read(cx, source, free, batch) {
-                Poll::Pending => return Ok(Gathered::Blocked),
+                Poll::Pending => return Ok(false),
                 Poll::Ready(read) => read?,
             }
         }
-        Ok(Gathered::Enough)
+        Ok(false)
     }
 
     /// Reads once, at most `free` bytes with their headers, and at most `batch` frames.
