@@ -23,7 +23,7 @@ use crate::{
     },
     stats::Stats,
     sys::socket::netns_cookie_here,
-    tls,
+    tls::{self, Encryption},
     tunnel::{Pool, PoolLimits},
 };
 
@@ -71,10 +71,10 @@ pub fn run(config: Config) -> Result<()> {
             pins = %datapath.pin_directory().display(),
             "the eBPF programs are attached"
         );
-        let kernel_tls = if config.kernel_tls {
-            tls::kernel::probe().map_err(|why| format!("not in use: {why}"))
-        } else {
-            Err("off".to_owned())
+        let (encryption, kernel_tls) = match config.kernel_tls.then(tls::kernel::probe) {
+            None => (Encryption::InProcess, "off".to_owned()),
+            Some(Ok(())) => (Encryption::InKernel, "in use".to_owned()),
+            Some(Err(why)) => (Encryption::InProcess, format!("not in use: {why}")),
         };
         let (state, state_seen) = watch::channel(None);
         let identity = Identity::start(identity::Config {
@@ -82,7 +82,6 @@ pub fn run(config: Config) -> Result<()> {
             control_plane: config.control_plane.iter().map(ToString::to_string).collect(),
             credential: config.credential(),
             runtime_dir: config.runtime_dir.clone(),
-            kernel_tls: kernel_tls.is_ok(),
             state: state_seen,
         })?;
         let (source, pods) = DirectorySource::new(config.pods_dir.clone(), config.udp);
@@ -99,6 +98,7 @@ pub fn run(config: Config) -> Result<()> {
                 total: IDLE_TUNNELS,
                 idle: config.timeouts.idle_tunnel,
             }),
+            encryption,
             ledger: Ledger::open(&config.runtime_dir).context("opening the runtime directory")?,
             drain: CancellationToken::new(),
             unreadable_pods: Box::new(move || !files.problems().is_empty()),
@@ -132,7 +132,7 @@ pub fn run(config: Config) -> Result<()> {
         let admin = Arc::new(Admin {
             node: node.config.node.clone(),
             started: SystemTime::now(),
-            kernel_tls: kernel_tls.map_or_else(|why| why, |()| "in use".to_owned()),
+            kernel_tls,
             identity: node.identity.status(),
             counters: node.identity.counters(),
             snapshots: node.identity.snapshots(),

@@ -64,8 +64,6 @@ pub struct Config {
     /// An existing directory of mode 0700. Used in it: `node.pem`, `node-roots.pem`,
     /// `snapshot.pb`, `snapshot-changes.pb` and the directory `svid`.
     pub runtime_dir: PathBuf,
-    /// The kernel is to get the keys of pods' connections: let it have them.
-    pub kernel_tls: bool,
     /// What the control plane is told of this node's pods; nothing as long as nobody has looked.
     pub state: watch::Receiver<Option<api::State>>,
 }
@@ -110,7 +108,7 @@ impl Identity {
     }
 
     fn start_with(config: Config, dialer: Dialer, clock: Clock) -> Result<Self, StartError> {
-        let Config { node, control_plane, credential, runtime_dir, kernel_tls, state } = config;
+        let Config { node, control_plane, credential, runtime_dir, state } = config;
         let unusable = |source| StartError { path: runtime_dir.clone(), source };
         let counters = Arc::new(Counters::default());
         let dir = PrivateDir::open(&runtime_dir).map_err(unusable)?;
@@ -138,7 +136,6 @@ impl Identity {
             node,
             clock,
             store,
-            kernel_tls,
             counters,
             snapshots: snapshots.subscribe(),
             connection: connected,

@@ -26,7 +26,6 @@ pub(super) struct Context {
     pub(super) node: String,
     pub(super) clock: Clock,
     pub(super) store: SvidStore,
-    pub(super) kernel_tls: bool,
     pub(super) counters: Arc<Counters>,
     pub(super) snapshots: watch::Receiver<Arc<Snapshot>>,
     pub(super) connection: watch::Receiver<Option<Client>>,
@@ -101,13 +100,13 @@ impl Rotation {
 
     /// Goes on with the certificate in use, or else the stored one, if it fits the assignment.
     fn adopt(&self, assignment: &Assignment) {
-        let Context { clock, store, kernel_tls, snapshots, .. } = &*self.context;
+        let Context { clock, store, snapshots, .. } = &*self.context;
         let now = clock.now();
         let current = self.svid.borrow().clone();
         if let Some(svid) = current {
             let service = Service { issued: svid.issued, next_rotation: svid.next_rotation };
             let key = Arc::clone(&svid.key);
-            match Svid::new(assignment, key, *kernel_tls, |_| service, now) {
+            match Svid::new(assignment, key, |_| service, now) {
                 Ok(svid) => self.publish(svid),
                 Err(rejection) => self.withdraw(&rejection.to_string()),
             }
@@ -116,7 +115,6 @@ impl Rotation {
             let svid = Svid::new(
                 assignment,
                 key,
-                *kernel_tls,
                 |leaf| {
                     // The certificate does not say when it was issued: its beginning is set back.
                     let issued = leaf.not_after.checked_sub(lifetime).unwrap_or(leaf.not_before);
@@ -199,7 +197,7 @@ impl Rotation {
     }
 
     async fn issue(&self, mut client: Client, assignment: &Assignment) -> Result<Svid, IssueError> {
-        let Context { clock, counters, kernel_tls, store, .. } = &*self.context;
+        let Context { clock, counters, store, .. } = &*self.context;
         let key = NewKey::generate()?;
         let request = api::IssueSvidRequest { pod_uid: self.uid.clone(), csr: key.csr()? };
         let answer = tokio::time::timeout(ANSWER_WITHIN, client.issue_svid(request)).await;
@@ -213,7 +211,6 @@ impl Rotation {
         let svid = Svid::new(
             assignment,
             credentials::from_pem(pem.as_bytes())?,
-            *kernel_tls,
             |leaf| Service::new(now, leaf.not_after),
             now,
         )?;

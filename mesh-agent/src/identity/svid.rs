@@ -156,8 +156,7 @@ pub struct Svid {
 }
 
 impl Svid {
-    /// Checks a certificate and makes it ready for use. With `kernel_tls` the two configurations
-    /// let go of their connections' keys, for the kernel.
+    /// Checks a certificate and makes it ready for use.
     ///
     /// # Errors
     ///
@@ -165,7 +164,6 @@ impl Svid {
     pub(super) fn new(
         assignment: &Assignment,
         key: Arc<CertifiedKey>,
-        kernel_tls: bool,
         service: impl FnOnce(&Leaf) -> Service,
         now: SystemTime,
     ) -> Result<Self, Rejection> {
@@ -176,8 +174,9 @@ impl Svid {
         let Service { issued, next_rotation } = service(&leaf);
         let mut client = client_config(Arc::clone(&verifier), Some(Arc::clone(&key)), ALPN)?;
         let mut server = server_config(verifier, Arc::clone(&key), ALPN)?;
-        client.enable_secret_extraction = kernel_tls;
-        server.enable_secret_extraction = kernel_tls;
+        // For whoever encrypts after the handshake: see `tls`.
+        client.enable_secret_extraction = true;
+        server.enable_secret_extraction = true;
         Ok(Self {
             id,
             pod,

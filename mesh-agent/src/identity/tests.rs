@@ -79,7 +79,6 @@ impl Bench {
             control_plane: vec!["control:15443".to_owned()],
             credential: Credential::JoinToken { file: self.token_file() },
             runtime_dir: self.runtime_dir(),
-            kernel_tls: false,
             state: watch::channel(None).1,
         }
     }

@@ -457,6 +457,7 @@ impl Node {
             leaving: Admission::new(turns),
             arriving: Admission::new(turns),
             accepted: 2 * self.config.limits.connections_per_pod.get() as usize,
+            encryption: self.encryption,
             timeouts: self.config.timeouts,
             drain: self.drain.clone(),
             kill: CancellationToken::new(),

@@ -35,7 +35,7 @@ use crate::{
     policy::Policy,
     proxy::{Habits, Neighbours, registration},
     stats::{Report, Stats},
-    tls::Stream,
+    tls::{Encryption, Stream},
     tunnel::{
         Pool,
         pool::{Key, Proof},
@@ -71,6 +71,8 @@ pub struct Node {
     pub stats: Arc<Stats>,
     /// Idle tunnels.
     pub pool: Pool<Stream>,
+    /// Who encrypts what tunnels carry.
+    pub encryption: Encryption,
     /// What is enrolled, on file.
     pub ledger: Ledger,
     /// No new connections.

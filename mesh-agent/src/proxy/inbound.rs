@@ -132,7 +132,8 @@ async fn handshake<'a>(
         greeting(&stream).await?;
         let _share = place.share().await.map_err(going)?;
         let _turn = place.turn().await.map_err(going)?;
-        let stream = accept(&svid.server, stream).await.map_err(|error| Failed::tls(&error))?;
+        let stream = accept(&svid.server, pod.encryption, stream).await;
+        let stream = stream.map_err(|error| Failed::tls(&error))?;
         let client = peer::leaf(&stream)?;
         pod.stats.handshake(Direction::Inbound);
         Ok(Tunnel { pod, stream, client, svid, kill })

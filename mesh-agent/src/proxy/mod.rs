@@ -39,7 +39,7 @@ use crate::{
     pod::sockets::{Facing, PodSockets},
     policy::{Open, Policy},
     stats::{Connection, Direction, HandshakeFailure, Kind, Parties, PodStats},
-    tls::Stream,
+    tls::{Encryption, Stream},
     tunnel::{AppSocket, Pool},
 };
 
@@ -84,6 +84,8 @@ pub struct PodProxy {
     pub warned: Mutex<Option<Instant>>,
     /// The node's idle tunnels.
     pub pool: Pool<Stream>,
+    /// Who encrypts what tunnels carry.
+    pub encryption: Encryption,
     /// Bounds what the pod has under way to peers that have not proven yet who they are.
     pub(crate) leaving: Admission,
     /// Bounds what such peers have under way to the pod.

@@ -213,7 +213,7 @@ impl Mesh<'_> {
         // Not before, or peers that nobody answers for would take every turn.
         let _turn = place.turn().await.map_err(closed)?;
         let name = ServerName::IpAddress(address.ip().into());
-        let connect = connect(&svid.client, name, tcp);
+        let connect = connect(&svid.client, pod.encryption, name, tcp);
         let stream = patient(pod.timeouts.handshake, connect).await.map_err(|e| Failed::tls(&e))?;
         let leaf = peer::leaf(&stream)?;
         peer::check(&leaf, server)?;

@@ -30,6 +30,7 @@ use tokio::{
 };
 use zeroize::Zeroize as _;
 
+use super::ALERT_CLOSE_NOTIFY;
 use crate::{
     sys::tls::{expect_no_padding, send_record},
     tunnel::buffer::Buffer,
@@ -48,8 +49,6 @@ const WORN: u64 = BLOCKS / 2;
 
 /// `alert` of TLS's `ContentType`.
 const ALERT: u8 = 21;
-/// `warning` and `close_notify`.
-const CLOSE_NOTIFY: [u8; 2] = [1, 0];
 
 /// Why the kernel does not do it.
 #[derive(Debug, thiserror::Error)]
@@ -262,8 +261,9 @@ impl AsyncWrite for KernelTls {
         let socket = &mut self.get_mut().socket;
         loop {
             ready!(socket.poll_write_ready(cx))?;
-            let said = socket
-                .try_io(Interest::WRITABLE, || send_record(socket.as_fd(), ALERT, &CLOSE_NOTIFY));
+            let said = socket.try_io(Interest::WRITABLE, || {
+                send_record(socket.as_fd(), ALERT, &ALERT_CLOSE_NOTIFY)
+            });
             match said {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 said => break said?,

@@ -1,18 +1,11 @@
-//! Buffers that exist while bytes move, and reading ahead of TLS through one.
+//! Buffers that exist while bytes move.
 
-use std::{
-    cell::RefCell,
-    io,
-    pin::Pin,
-    task::{Context, Poll},
-};
-
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use std::cell::RefCell;
 
 use super::frame::{MAX_CONTROL, MAX_FRAME};
 
 /// The size of every buffer, in bytes: four full records, and some control frames.
-pub(super) const CAPACITY: usize = 4 * MAX_FRAME + 2 * MAX_CONTROL;
+pub(crate) const CAPACITY: usize = 4 * MAX_FRAME + 2 * MAX_CONTROL;
 
 /// Buffers that each worker thread keeps when nobody uses them.
 const SPARE: usize = 4;
@@ -37,6 +30,11 @@ impl Buffer {
         self.room.get(self.taken..self.filled).unwrap_or_default()
     }
 
+    /// The same, to be changed in place.
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
+        self.room.get_mut(self.taken..self.filled).unwrap_or_default()
+    }
+
     /// Whether everything was taken.
     pub(crate) const fn is_empty(&self) -> bool {
         self.taken == self.filled
@@ -49,6 +47,13 @@ impl Buffer {
             self.room = spare.unwrap_or_else(|| vec![0; CAPACITY].into_boxed_slice());
         }
         self.room.get_mut(self.filled..).unwrap_or_default()
+    }
+
+    /// The same, and the room of what was taken as well.
+    pub(crate) fn all_room(&mut self) -> &mut [u8] {
+        self.room.copy_within(self.taken..self.filled, 0);
+        self.filled -= std::mem::take(&mut self.taken);
+        self.room()
     }
 
     /// So many bytes of the room hold something now.
@@ -70,6 +75,12 @@ impl Buffer {
         }
     }
 
+    /// Whether it has any room now.
+    #[cfg(test)]
+    pub(crate) fn is_lent(&self) -> bool {
+        !self.room.is_empty()
+    }
+
     /// Puts bytes behind what is there: control frames, for which every buffer has room.
     pub(crate) fn append(&mut self, bytes: &[u8]) {
         let room = self.room().get_mut(..bytes.len());
@@ -79,109 +90,9 @@ impl Buffer {
     }
 }
 
-/// A socket under TLS, read in large pieces: rustls asks for 4 KiB at a time, which makes five
-/// system calls of every full record. Holds a buffer only while rustls has not taken all of it.
-#[derive(Debug)]
-pub struct ReadAhead<S> {
-    inner: S,
-    buffer: Buffer,
-}
-
-impl<S> ReadAhead<S> {
-    /// Nothing has been read yet.
-    pub fn new(inner: S) -> Self {
-        Self { inner, buffer: Buffer::default() }
-    }
-
-    /// The socket, for its addresses and options.
-    pub const fn get_ref(&self) -> &S {
-        &self.inner
-    }
-}
-
-impl<S: AsyncRead + Unpin> AsyncRead for ReadAhead<S> {
-    fn poll_read(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let Self { inner, buffer } = self.get_mut();
-        if buffer.is_empty() {
-            let mut room = ReadBuf::new(buffer.room());
-            let read = Pin::new(inner).poll_read(cx, &mut room);
-            let got = room.filled().len();
-            buffer.fill(got);
-            if got == 0 {
-                buffer.take(0);
-                return read;
-            }
-        }
-        let piece = buffer.bytes();
-        let piece = piece.get(..buf.remaining()).unwrap_or(piece);
-        buf.put_slice(piece);
-        let taken = piece.len();
-        buffer.take(taken);
-        Poll::Ready(Ok(()))
-    }
-}
-
-impl<S: AsyncWrite + Unpin> AsyncWrite for ReadAhead<S> {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.inner).poll_write(cx, buf)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.inner).poll_write_vectored(cx, bufs)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.inner.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.inner).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.inner).poll_shutdown(cx)
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-
     use super::*;
-
-    #[tokio::test]
-    async fn reading_ahead_changes_no_byte_and_keeps_no_buffer() {
-        let (near, mut far) = tokio::io::duplex(1 << 20);
-        let sent: Vec<u8> =
-            (0..200_000_u32).map(|n| n.to_be_bytes()[3] ^ n.to_be_bytes()[2]).collect();
-        far.write_all(&sent).await.unwrap();
-        drop(far);
-        let mut ahead = ReadAhead::new(near);
-        let mut got = Vec::new();
-        let mut piece = [0; 4096];
-        loop {
-            let n = ahead.read(&mut piece).await.unwrap();
-            got.extend_from_slice(&piece[..n]);
-            if n == 0 {
-                break;
-            }
-            assert!(ahead.buffer.room.len() <= CAPACITY);
-        }
-        assert!(got == sent);
-        assert_eq!(ahead.buffer.room.len(), 0);
-    }
 
     #[test]
     fn a_thread_keeps_few_buffers() {

@@ -19,8 +19,7 @@
 //! };
 //! use tokio::net::TcpStream;
 //! # use std::io::Result;
-//! # use mesh_agent::tunnel::{Coalescing, ReadAhead};
-//! # type Stream = tokio_rustls::client::TlsStream<ReadAhead<Coalescing>>;
+//! # use mesh_agent::tls::Stream;
 //! # async fn dial(key: &Key, proof: Proof) -> Result<Tunnel<Stream>> { unimplemented!() }
 //!
 //! async fn carry(accepted: TcpStream, pool: &Pool<Stream>, key: Key, proof: Proof) -> Result<()> {
@@ -55,12 +54,11 @@
 //!     AppSocket, Header, Reason, Refusal, Role, Traffic, relay,
 //!     server::{next_open, refuse},
 //! };
+//! # use mesh_agent::tls::Stream;
 //! # use tokio::net::TcpStream;
 //! # async fn connect_application(_: Header) -> std::io::Result<TcpStream> { unimplemented!() }
 //!
-//! async fn serve(
-//!     mut tunnel: tokio_rustls::server::TlsStream<TcpStream>,
-//! ) -> Result<(), Box<dyn std::error::Error>> {
+//! async fn serve(mut tunnel: Stream) -> Result<(), Box<dyn std::error::Error>> {
 //!     while let Some(header) = next_open(&mut tunnel).await? {
 //!         let reusable = match connect_application(header).await {
 //!             Ok(application) => {
@@ -91,7 +89,6 @@ mod relay;
 pub mod server;
 
 pub use app::{App, AppSocket};
-pub use buffer::ReadAhead;
 pub use coalescing::Coalescing;
 pub use frame::{Header, Malformed, Reason, Refusal, TraceId};
 pub use plain::relay_plain;

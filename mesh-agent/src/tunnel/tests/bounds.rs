@@ -16,9 +16,9 @@ use tokio::{
 
 use super::{
     super::{App, AppSocket, Role, Traffic, frame::MAX_FRAME, relay, relay_plain},
-    lab::{header, hear, say, tcp_pair, tls_configs, within},
+    lab::{header, hear, say, tcp_pair, within},
 };
-use crate::tls::Stream;
+use crate::tls::{Stream, records::tests::in_memory};
 
 /// An application in memory.
 pub(super) struct InMemory<S = DuplexStream>(pub(super) S);
@@ -83,21 +83,6 @@ impl AsyncWrite for Endless {
     }
 }
 
-/// A TLS connection in memory, over a pipe of `pipe` bytes each way.
-async fn tls_in_memory(
-    pipe: usize,
-) -> (tokio_rustls::client::TlsStream<DuplexStream>, tokio_rustls::server::TlsStream<DuplexStream>)
-{
-    let (near, far) = tokio::io::duplex(pipe);
-    let (client, server) = tls_configs();
-    let name = "tunnel.test".try_into().unwrap();
-    let (near, far) = tokio::join!(
-        tokio_rustls::TlsConnector::from(client).connect(name, near),
-        tokio_rustls::TlsAcceptor::from(server).accept(far),
-    );
-    (near.unwrap(), far.unwrap())
-}
-
 /// Polls a future until it has stopped making progress.
 fn poll_until_stuck<F: Future>(mut future: Pin<&mut F>, mut progress: impl FnMut() -> u64) {
     let mut seen = None;
@@ -114,19 +99,19 @@ const PIPE: usize = 4096;
 
 #[tokio::test]
 async fn what_an_agent_takes_for_a_tunnel_that_is_stuck_is_bounded() {
-    let (_near, mut far) = tls_in_memory(PIPE).await;
+    let (_near, mut far) = in_memory(PIPE);
     let traffic = Traffic::default();
     let relay = std::pin::pin!(relay(Endless, &mut far, Role::Server, &traffic));
     poll_until_stuck(relay, || traffic.from_server());
     let held = traffic.from_server();
-    // One batch of ours, which rustls holds encrypted. The lower bound is the twin: it did read.
+    // One batch of ours, which is kept encrypted. The lower bound is the twin: it did read.
     assert!(held >= MAX_FRAME as u64, "{held} bytes");
     assert!(held <= 128 * 1024, "{held} bytes taken from an application whose peer reads none");
 }
 
 #[tokio::test]
 async fn what_an_agent_takes_for_an_application_that_is_stuck_is_bounded() {
-    let (mut near, mut far) = tls_in_memory(PIPE).await;
+    let (mut near, mut far) = in_memory(PIPE);
     let traffic = Traffic::default();
     let (mut sent, frame) = (0_u64, [&[3, 0x10, 0][..], &[0; 4096]].concat());
     {

@@ -17,7 +17,7 @@ use tokio::{
 use super::super::{
     ALPN, AppSocket, Header, Outcome, Role, TraceId, Traffic, relay, server::next_open,
 };
-use crate::tls::{Stream, accept, connect};
+use crate::tls::{Encryption, Stream, accept, connect};
 
 /// Names the ends of the tests' tunnels that the kernel is to encrypt: `client`, `server` or both.
 const KERNEL_TLS: &str = "NODEMESH_TEST_KERNEL_TLS";
@@ -50,6 +50,7 @@ pub(crate) fn tls_configs() -> (Arc<ClientConfig>, Arc<ServerConfig>) {
         .with_root_certificates(roots)
         .with_no_client_auth();
     client.alpn_protocols = vec![ALPN.to_vec()];
+    client.enable_secret_extraction = true;
     let key = PrivatePkcs8KeyDer::from(signing_key.serialize_der());
     let mut server = ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(versions)
@@ -59,6 +60,7 @@ pub(crate) fn tls_configs() -> (Arc<ClientConfig>, Arc<ServerConfig>) {
         .unwrap();
     server.alpn_protocols = vec![ALPN.to_vec()];
     server.send_tls13_tickets = 0;
+    server.enable_secret_extraction = true;
     (Arc::new(client), Arc::new(server))
 }
 
@@ -77,11 +79,14 @@ pub(crate) async fn tunnel_between(
     // As the agents do, and without it every second small record waits for a delayed ACK.
     near.set_nodelay(true)?;
     far.set_nodelay(true)?;
-    let (mut client, mut server) = tls_configs();
-    Arc::make_mut(&mut client).enable_secret_extraction = client_in_kernel;
-    Arc::make_mut(&mut server).enable_secret_extraction = server_in_kernel;
+    let (client, server) = tls_configs();
     let name = "tunnel.test".try_into().unwrap();
-    tokio::try_join!(connect(&client, name, near), accept(&server, far))
+    let encryption =
+        |in_kernel| if in_kernel { Encryption::InKernel } else { Encryption::InProcess };
+    tokio::try_join!(
+        connect(&client, encryption(client_in_kernel), name, near),
+        accept(&server, encryption(server_in_kernel), far)
+    )
 }
 
 pub(crate) fn header() -> Header {
