@@ -1,5 +1,4 @@
 //! The handshake of a tunnel: rustls says what to send, and gives the keys when it is done.
-#![expect(clippy::wildcard_enum_match_arm, reason = "foreign enums that grow")]
 
 use std::io;
 
