@@ -51,7 +51,6 @@ pub(super) async fn one(at: &Where) {
         control_plane: vec![format!("127.0.0.1:{}", at.port)],
         credential: Credential::ServiceAccount { token_file, bundle_file: at.roots.clone() },
         runtime_dir: runtime_dir.clone(),
-        kernel_tls: false,
         state: watch::channel(None).1,
     })
     .unwrap();
