@@ -34,6 +34,18 @@ pub const OUTBOUND_LISTENER: u32 = 0;
 /// Index of a pod's inbound listener in its `LISTENERS` map.
 pub const INBOUND_LISTENER: u32 = 1;
 
+/// Index of the guard of pods' devices with an Ethernet header in the map `GUARDS`.
+pub const GUARD_DEVICE: u32 = 0;
+
+/// Index of the guard of pods' devices without one.
+pub const GUARD_DEVICE_L3: u32 = 1;
+
+/// Index of the guard of their other ends.
+pub const GUARD_PEER: u32 = 2;
+
+/// How many guards there are in the map.
+pub const MAX_GUARDS: u32 = 3;
+
 /// Tag of an agent's socket that carries a tunnel: whatever it sends is encrypted.
 pub const TAG_TUNNEL: u32 = 1;
 
@@ -151,7 +163,7 @@ pub enum Reason {
     BoundDevice = 7,
     /// The kernel refused to mark the socket.
     Unmarkable = 8,
-    /// The program found no configuration for the pod it guards.
+    /// The program found no configuration for the pod it guards, or the pod no guard.
     Unconfigured = 9,
     /// The pod has no address of the destination's family.
     NoAddress = 10,

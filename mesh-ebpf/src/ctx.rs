@@ -333,6 +333,30 @@ pub(crate) fn take_stamp(ctx: &TcContext) -> u32 {
     }
 }
 
+/// Says whose device this is, to the program that goes on with this packet. Nobody else runs in
+/// between: whatever a pod or another program had in these words is overwritten. Which words they are
+/// is part of the ABI: what an earlier agent attached hands over to the guards of a later one.
+#[inline(always)]
+pub(crate) fn hand_over(ctx: &TcContext, cookie: u64) {
+    // SAFETY: the context is valid while the program runs. The verifier wants words, and volatile
+    // keeps them.
+    unsafe {
+        let words = (&raw mut (*ctx.skb.skb).cb).cast::<u32>();
+        words.write_volatile(cookie as u32);
+        words.add(1).write_volatile((cookie >> 32) as u32);
+    }
+}
+
+/// Whose device this is, as [`hand_over`] said.
+#[inline(always)]
+pub(crate) fn handed_over(ctx: &TcContext) -> u64 {
+    // SAFETY: as there.
+    unsafe {
+        let words = (&raw const (*ctx.skb.skb).cb).cast::<u32>();
+        u64::from(words.read_volatile()) | u64::from(words.add(1).read_volatile()) << 32
+    }
+}
+
 // sk_lookup
 
 #[inline(always)]

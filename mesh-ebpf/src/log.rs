@@ -9,11 +9,22 @@ use crate::maps;
 
 #[inline(always)]
 pub(crate) fn drop<C: EbpfContext>(ctx: &C, cookie: u64, layer: Layer, reason: Reason) {
-    if maps::count(cookie, layer, reason) {
+    if drop_in_pod(cookie, layer, reason) {
         let (layer, reason) = (layer as u32, reason as u32);
-        maps::tell(&Event { cookie, kind: EVENT_DROP, layer, reason, reserved: 0 });
         debug!(ctx, "dropped: network namespace {} layer {} reason {}", cookie, layer, reason);
     }
+}
+
+/// The same without the debug log, for programs that are loaded for each pod: the verifier looks at
+/// thousands of instructions for a line of it. True if the agent was told.
+#[inline(always)]
+pub(crate) fn drop_in_pod(cookie: u64, layer: Layer, reason: Reason) -> bool {
+    let due = maps::count(cookie, layer, reason);
+    if due {
+        let (layer, reason) = (layer as u32, reason as u32);
+        maps::tell(&Event { cookie, kind: EVENT_DROP, layer, reason, reserved: 0 });
+    }
+    due
 }
 
 #[inline(always)]

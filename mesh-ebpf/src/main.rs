@@ -1,7 +1,9 @@
 //! The eBPF programs of nodemesh: a table of verdicts over the decisions in the other modules.
 //!
-//! Every path that is not a decision to allow refuses or drops. Node-wide programs find the pod by
-//! its network namespace cookie; the instances loaded for one pod know it from `POD`.
+//! Every path that is not a decision to allow refuses or drops. Programs of the node find the pod by
+//! its network namespace cookie. No helper tells it to those of a pod's devices and of `sk_lookup`, so
+//! some are loaded for each pod, and know it from `POD`. Loading takes the kernel time for each
+//! instruction: of the guards of devices a pod has but a few, which hand over to the node's.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 #![allow(unsafe_code, reason = "every helper call and context access in eBPF is unsafe")]
 #![cfg_attr(not(target_arch = "bpf"), allow(dead_code, reason = "the host builds only the tests"))]
@@ -29,7 +31,10 @@ use aya_ebpf::{
         SkBuffContext, SkLookupContext, SockAddrContext, SockOpsContext, SysctlContext, TcContext,
     },
 };
-use mesh_common::abi::{Address, INBOUND_LISTENER, Layer, OUTBOUND_LISTENER, Reason};
+use mesh_common::abi::{
+    Address, GUARD_DEVICE, GUARD_DEVICE_L3, GUARD_PEER, INBOUND_LISTENER, Layer, OUTBOUND_LISTENER,
+    Reason,
+};
 
 use crate::{
     capture::{Connect, Steer},
@@ -98,7 +103,35 @@ pub fn probe_egress(ctx: SkBuffContext) -> i32 {
     if ctx::netns_cookie_of_packet(&ctx) == 0 { EGRESS_DROP } else { EGRESS_PASS }
 }
 
-/// Second guard: whatever leaves by a device of the pod that carries Ethernet frames.
+/// Of a pod: says whose device this is, to the second guard.
+#[classifier]
+pub fn pod_device(ctx: TcContext) -> i32 {
+    hand_over(&ctx, GUARD_DEVICE, Layer::Device)
+}
+
+/// Of a pod: the same on a device without a link header.
+#[classifier]
+pub fn pod_device_l3(ctx: TcContext) -> i32 {
+    hand_over(&ctx, GUARD_DEVICE_L3, Layer::Device)
+}
+
+/// Of a pod: says whose device's other end this is, to the third guard.
+#[classifier]
+pub fn pod_peer(ctx: TcContext) -> i32 {
+    hand_over(&ctx, GUARD_PEER, Layer::Peer)
+}
+
+#[inline(always)]
+fn hand_over(ctx: &TcContext, guard: u32, layer: Layer) -> i32 {
+    let cookie = maps::pod_cookie();
+    ctx::hand_over(ctx, cookie);
+    maps::call_guard(ctx, guard);
+    // Still here: there is no such guard.
+    log::drop_in_pod(cookie, layer, Reason::Unconfigured);
+    TCX_DROP
+}
+
+/// Second guard: whatever leaves by a device of a pod that carries Ethernet frames.
 #[classifier]
 pub fn device(ctx: TcContext) -> i32 {
     device_guard(&ctx, Link::Ethernet)
@@ -112,7 +145,7 @@ pub fn device_l3(ctx: TcContext) -> i32 {
 
 #[inline(always)]
 fn device_guard(ctx: &TcContext, link: Link) -> i32 {
-    let cookie = maps::pod_cookie();
+    let cookie = ctx::handed_over(ctx);
     match guard::device(&ctx::DevicePacket(ctx), link, maps::pod(cookie)) {
         Ok(pass) => {
             if pass == Pass::Udp {
@@ -128,10 +161,10 @@ fn device_guard(ctx: &TcContext, link: Link) -> i32 {
     }
 }
 
-/// Third guard: whatever arrives at the host side of the pod's device must have passed the second.
+/// Third guard: whatever arrives at the host side of a pod's device must have passed the second.
 #[classifier]
 pub fn peer(ctx: TcContext) -> i32 {
-    let cookie = maps::pod_cookie();
+    let cookie = ctx::handed_over(&ctx);
     match guard::peer(ctx::take_stamp(&ctx), maps::guard_key()) {
         Ok(()) => TCX_NEXT,
         Err(reason) => {
@@ -141,24 +174,21 @@ pub fn peer(ctx: TcContext) -> i32 {
     }
 }
 
-/// Delivers the connections of one pod to the agent's listeners in it.
+/// Of a pod: delivers its connections to the agent's listeners in it. Its context is read-only, so
+/// that it could not hand over what it knows.
 #[sk_lookup]
 pub fn steer(ctx: SkLookupContext) -> u32 {
     let cookie = maps::pod_cookie();
-    let listener = match capture::steer(maps::pod(cookie), &ctx::lookup(&ctx), maps::host_connects)
-    {
-        Ok(Steer::Leave) => return SK_PASS,
-        Ok(Steer::Outbound) => OUTBOUND_LISTENER,
-        Ok(Steer::Inbound) => INBOUND_LISTENER,
-        Err(reason) => {
-            log::drop(&ctx, cookie, Layer::Lookup, reason);
-            return SK_DROP;
-        }
-    };
-    match maps::assign(&ctx, listener) {
+    let decision = capture::steer(maps::pod(cookie), &ctx::lookup(&ctx), maps::host_connects);
+    let steered = decision.and_then(|steer| match steer {
+        Steer::Leave => Ok(()),
+        Steer::Outbound => maps::assign(&ctx, OUTBOUND_LISTENER),
+        Steer::Inbound => maps::assign(&ctx, INBOUND_LISTENER),
+    });
+    match steered {
         Ok(()) => SK_PASS,
         Err(reason) => {
-            log::drop(&ctx, cookie, Layer::Lookup, reason);
+            log::drop_in_pod(cookie, Layer::Lookup, reason);
             SK_DROP
         }
     }

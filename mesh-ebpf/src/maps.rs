@@ -12,11 +12,11 @@ use aya_ebpf::{
     },
     helpers::{bpf_ktime_get_ns, bpf_sk_storage_get},
     macros::{btf_map, map},
-    maps::{Array, HashMap, LruHashMap, PerCpuHashMap, RingBuf, SockMap},
-    programs::SkLookupContext,
+    maps::{Array, HashMap, LruHashMap, PerCpuHashMap, ProgramArray, RingBuf, SockMap},
+    programs::{SkLookupContext, TcContext},
 };
 use mesh_common::abi::{
-    Event, Flow, Layer, MAX_HOST_FLOWS, MAX_PODS, PodConfig, PodCounters, Reason,
+    Event, Flow, Layer, MAX_GUARDS, MAX_HOST_FLOWS, MAX_PODS, PodConfig, PodCounters, Reason,
 };
 
 /// A drop of a pod is told at most once in this many nanoseconds on each CPU.
@@ -39,6 +39,10 @@ static COUNTERS: PerCpuHashMap<u64, PodCounters> =
 /// made by the agent that first loads the programs.
 #[map]
 static GUARD_KEY: Array<u32> = Array::with_max_entries(1, 0);
+
+/// The guards of devices, by `GUARD_*`: what the programs of all pods hand over to.
+#[map]
+static GUARDS: ProgramArray = ProgramArray::with_max_entries(MAX_GUARDS, 0);
 
 /// What the agent should know at once.
 #[map]
@@ -155,6 +159,13 @@ pub(crate) fn pod(cookie: u64) -> Option<&'static PodConfig> {
 #[inline(always)]
 pub(crate) fn guard_key() -> Option<u32> {
     GUARD_KEY.get(0).copied().filter(|key| *key != 0)
+}
+
+/// Goes on as one of the node's guards. Returns only if that is not there.
+#[inline(always)]
+pub(crate) fn call_guard(ctx: &TcContext, guard: u32) {
+    // SAFETY: nothing here is to be dropped; the guard takes this context.
+    unsafe { GUARDS.tail_call(ctx, guard) };
 }
 
 #[inline(always)]

@@ -1,15 +1,16 @@
 //! What happens to traffic when the agent, the control plane or the pod's own configuration goes
 //! wrong: it stops, it never becomes plaintext, and it comes back by itself.
 
+use std::fs;
 use std::io::{ErrorKind, Read as _, Write as _};
-use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use aya::maps::{HashMap, Map, MapData, MapError};
-use mesh_common::abi::PodConfig;
+use aya::maps::{HashMap, Map, MapData, MapError, PerCpuHashMap};
+use mesh_common::abi::{Layer, PodConfig, PodCounters, Reason};
 use xtask::lab::mesh::pods;
 use xtask::lab::raw::{PacketSocket, frame, gateway_address, tcp_packet};
 use xtask::lab::traffic::{accept, exchange, reset_on_close};
@@ -549,6 +550,49 @@ fn capture_rule(pod: &Pod) -> Result<(String, String)> {
     Ok((preference.to_owned(), table.context("the rule selects no table")?.to_owned()))
 }
 
+/// What the programs of pods hand over to is gone when its pin is, and no agent holds it.
+#[test]
+fn without_the_node_s_guards_a_pod_sends_nothing() -> Result<()> {
+    let mut pair = pair("without_the_node_s_guards_a_pod_sends_nothing")?;
+    let to = pair.server.sockets(PORT)[0];
+    let client = pair.client.clone();
+    // Nothing but the guards stands between UDP and the wire.
+    let say = |words: &[u8]| client.run(|| UdpSocket::bind("0.0.0.0:0")?.send_to(words, to));
+    let maps = pair.mesh.agents[0].bpffs().join("nodemesh/v1/maps");
+    let counters = Map::PerCpuHashMap(MapData::from_pin(maps.join("COUNTERS"))?);
+    let counters: PerCpuHashMap<_, u64, PodCounters> = counters.try_into()?;
+    let cookie = counters.keys().next().context("a pod is enrolled")??;
+    let dropped = || -> Result<u64> {
+        let counters = counters.get(&cookie, 0)?;
+        let of = |c: &PodCounters| c.drops[Layer::Device as usize][Reason::Unconfigured as usize];
+        Ok(counters.iter().map(of).sum())
+    };
+
+    pair.mesh.agents[0].kill9()?;
+    let canary = Canary::random();
+    let wire = pair.mesh.lab.capture()?;
+    say(canary.bytes())?;
+    wire.stop()?.expect_present(&canary).context("while the guards are pinned")?;
+
+    fs::remove_file(maps.join("GUARDS"))?;
+    // The kernel takes its time.
+    until("the guards to be gone", || {
+        let said = say(b"anything").map_err(anyhow::Error::from);
+        said.and_then(|_| dropped()).map(|dropped| (dropped > 0).then_some(())).transpose()
+    })??;
+    let canary = Canary::random();
+    let wire = pair.mesh.lab.capture()?;
+    say(canary.bytes())?;
+    send_frame(&pair.mesh, &pair.client, &pair.server, &canary)?;
+    wire.stop()?.expect_absent(&canary)?;
+
+    pair.mesh.agents[0].start()?;
+    let canary = Canary::random();
+    let wire = pair.mesh.lab.capture()?;
+    say(canary.bytes())?;
+    wire.stop()?.expect_present(&canary).context("after an agent has come")
+}
+
 /// Entries of namespaces that do not exist are as good as pods.
 #[test]
 fn with_a_full_map_no_pod_is_half_enrolled() -> Result<()> {
@@ -620,10 +664,10 @@ fn an_uninstalled_agent_leaves_nothing() -> Result<()> {
             }
         } else {
             for agent in &mut mesh.agents {
-                ensure!(std::fs::read_dir(agent.bpffs())?.count() > 0, "nothing was pinned");
+                ensure!(fs::read_dir(agent.bpffs())?.count() > 0, "nothing was pinned");
                 agent.terminate()?;
                 agent.uninstall()?;
-                let pins = std::fs::read_dir(agent.bpffs())?.count();
+                let pins = fs::read_dir(agent.bpffs())?.count();
                 ensure!(pins == 0, "{pins} pins are left");
                 ensure!(!agent.runtime_dir().exists(), "keys are left");
             }

@@ -11,7 +11,10 @@ use std::{
 
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{Array, HashMap, MapData, MapError, PerCpuHashMap, PerCpuValues, SkStorage},
+    maps::{
+        Array, HashMap, Map, MapData, MapError, PerCpuHashMap, PerCpuValues, ProgramArray,
+        SkStorage,
+    },
     programs::{
         CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, CgroupSockAddr, CgroupSysctl, SockOps,
         cgroup_sysctl::CgroupSysctlLink,
@@ -24,7 +27,12 @@ use mesh_common::abi::{
     TAG_TUNNEL,
 };
 
-use super::{BpfError, Events, Features, OBJECT, pins, pins::Pins, pod::Guard, probe};
+use super::{
+    BpfError, Events, Features, OBJECT, pins,
+    pins::Pins,
+    pod::{Guard, loaded},
+    probe,
+};
 
 /// Drops of one pod for one reason at one layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,6 +82,9 @@ pub struct Datapath {
     pub(super) guards: Mutex<BTreeMap<(u64, Guard), u32>>,
     /// The object as it was last loaded, and for which pod: the steps of an enrolment share it.
     pub(super) loaded: Mutex<Option<(u64, Ebpf)>>,
+    /// What the programs of pods' devices hand over to. Pinned, since the kernel empties it when
+    /// nobody refers to it; held too, in case somebody removes the pin.
+    _node_guards: ProgramArray<MapData>,
     /// Not pinned: it guards nothing, it only wakes this agent.
     _sysctl: CgroupSysctlLink,
 }
@@ -116,6 +127,7 @@ impl Datapath {
             let key = rand::random_range(1..=u32::MAX);
             guard_key.set(0, key, 0).map_err(BpfError::map("GUARD_KEY"))?;
         }
+        let node_guards = install_guards(take(&mut ebpf, GUARDS)?, &mut ebpf)?;
         let pods = take(&mut ebpf, "PODS")?.try_into().map_err(BpfError::map("PODS"))?;
         let counters =
             take(&mut ebpf, "COUNTERS")?.try_into().map_err(BpfError::map("COUNTERS"))?;
@@ -189,6 +201,7 @@ impl Datapath {
             sockets: Mutex::new(sockets),
             guards: Mutex::default(),
             loaded: Mutex::default(),
+            _node_guards: node_guards,
             _sysctl: sysctl,
         };
         Ok((datapath, events))
@@ -287,7 +300,8 @@ impl Datapath {
         self.features
     }
 
-    /// The node's programs, and whether each is attached.
+    /// The node's programs, and whether each is attached. `guards` are those that pods' devices have
+    /// in common.
     pub fn programs(&self) -> Vec<(&'static str, bool)> {
         let egress = self.features.cgroup_guard.then_some("egress");
         let host_flows = self.has_host.then_some("host_flows");
@@ -296,6 +310,7 @@ impl Datapath {
             .chain(egress)
             .chain(host_flows)
             .map(|name| (name, PinnedLink::from_pin(self.pins.link(name)).is_ok()))
+            .chain([("guards", self.pins.map(GUARDS).exists())])
             .collect()
     }
 
@@ -332,6 +347,20 @@ impl Datapath {
     pub fn pin_directory(&self) -> &Path {
         self.pins.base()
     }
+}
+
+/// The map of what pods' devices have in common.
+const GUARDS: &str = "GUARDS";
+
+/// Puts this agent's guards in the place of an earlier one's, for all pods at once.
+fn install_guards(map: Map, ebpf: &mut Ebpf) -> Result<ProgramArray<MapData>, BpfError> {
+    let mut guards = ProgramArray::try_from(map).map_err(BpfError::map(GUARDS))?;
+    for guard in Guard::ALL {
+        let name = guard.program();
+        let program = loaded(ebpf, name)?.fd().map_err(BpfError::program(name))?;
+        guards.set(guard.index(), program, 0).map_err(BpfError::map(GUARDS))?;
+    }
+    Ok(guards)
 }
 
 /// `E2BIG`: what a hash map answers when it is full.

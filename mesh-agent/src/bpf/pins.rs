@@ -26,10 +26,11 @@ struct NodeMap {
     value: usize,
 }
 
-const NODE_MAPS: [NodeMap; 7] = [
+const NODE_MAPS: [NodeMap; 8] = [
     NodeMap { name: "PODS", key: 8, value: size_of::<PodConfig>() },
     NodeMap { name: "COUNTERS", key: 8, value: size_of::<PodCounters>() },
     NodeMap { name: "GUARD_KEY", key: 4, value: 4 },
+    NodeMap { name: "GUARDS", key: 4, value: 4 },
     NodeMap { name: "EVENTS", key: 0, value: 0 },
     NodeMap { name: "HOST_FLOWS", key: size_of::<Flow>(), value: 8 },
     NodeMap { name: "AGENT_SOCKETS", key: 4, value: 4 },
@@ -98,7 +99,8 @@ impl Pins {
         }
     }
 
-    fn map(&self, name: &str) -> PathBuf {
+    /// The pin of a map of the node.
+    pub(super) fn map(&self, name: &str) -> PathBuf {
         self.root.join("maps").join(name)
     }
 

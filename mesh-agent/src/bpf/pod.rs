@@ -15,7 +15,9 @@ use aya::{
         tc::{SchedClassifierLink, TcAttachOptions},
     },
 };
-use mesh_common::abi::{INBOUND_LISTENER, OUTBOUND_LISTENER};
+use mesh_common::abi::{
+    GUARD_DEVICE, GUARD_DEVICE_L3, GUARD_PEER, INBOUND_LISTENER, OUTBOUND_LISTENER,
+};
 
 use super::{
     BpfError, Datapath, OBJECT, classic,
@@ -89,7 +91,7 @@ impl Datapath {
     }
 
     fn attach(&self, cookie: u64, guard: Guard, devices: &[&Device]) -> Result<(), BpfError> {
-        let name = guard.program();
+        let name = guard.pod_program();
         let current = lock(&self.guards).get(&(cookie, guard)).copied();
         if current.is_some_and(|id| devices.iter().all(|device| is_attached(id, guard, device))) {
             return Ok(());
@@ -126,7 +128,7 @@ impl Datapath {
         guard: Guard,
         device: &Device,
     ) -> Result<(), BpfError> {
-        let name = guard.program();
+        let name = guard.pod_program();
         if !self.features().tcx {
             return classic::attach(program, &device.name, guard.direction())
                 .map_err(BpfError::program(name));
@@ -137,7 +139,8 @@ impl Datapath {
             .map_err(BpfError::program(name))?;
         let link = FdLink::try_from(program.take_link(id).map_err(BpfError::program(name))?)?;
         // Named by the link: an index says nothing about a device that changes its namespace.
-        let pin = self.pins.pod(cookie).join(format!("{name}-{}", link.info()?.id()));
+        let name = format!("{}-{}", guard.program(), link.info()?.id());
+        let pin = self.pins.pod(cookie).join(name);
         pins::replace(link, &pin)
     }
 
@@ -215,7 +218,7 @@ impl Datapath {
                 continue;
             }
             let mut ebpf = self.load_for(cookie)?;
-            let program = loaded(&mut ebpf, guard.program())?;
+            let program = loaded(&mut ebpf, guard.pod_program())?;
             for pin in pins {
                 if replace_in_place(program, &pin)? {
                     return Ok(false);
@@ -249,12 +252,33 @@ pub(super) enum Guard {
 }
 
 impl Guard {
-    /// Its name in the object, which its pins begin with.
-    const fn program(self) -> &'static str {
+    /// Every guard.
+    pub(super) const ALL: [Self; 3] = [Self::Device, Self::DeviceL3, Self::Peer];
+
+    /// Its name in the object, which the pins of its links begin with.
+    pub(super) const fn program(self) -> &'static str {
         match self {
             Self::Device => "device",
             Self::DeviceL3 => "device_l3",
             Self::Peer => "peer",
+        }
+    }
+
+    /// What a pod has of it: the program that is attached, which hands over to the guard.
+    const fn pod_program(self) -> &'static str {
+        match self {
+            Self::Device => "pod_device",
+            Self::DeviceL3 => "pod_device_l3",
+            Self::Peer => "pod_peer",
+        }
+    }
+
+    /// Its place in the map `GUARDS`.
+    pub(super) const fn index(self) -> u32 {
+        match self {
+            Self::Device => GUARD_DEVICE,
+            Self::DeviceL3 => GUARD_DEVICE_L3,
+            Self::Peer => GUARD_PEER,
         }
     }
 
@@ -279,7 +303,10 @@ fn no_map(name: &'static str) -> BpfError {
 }
 
 /// A program of the object, loaded into the kernel once.
-fn loaded<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier, BpfError> {
+pub(super) fn loaded<'a>(
+    ebpf: &'a mut Ebpf,
+    name: &str,
+) -> Result<&'a mut SchedClassifier, BpfError> {
     let program: &mut SchedClassifier = program(ebpf, name)?;
     if program.fd().is_err() {
         program.load().map_err(BpfError::program(name))?;

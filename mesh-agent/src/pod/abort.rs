@@ -4,7 +4,7 @@
 //! gives the application `ECONNABORTED` at once. Since 4.9, with `CONFIG_INET_DIAG_DESTROY`.
 #![expect(clippy::wildcard_enum_match_arm, reason = "foreign enums that grow")]
 
-use std::{io, net::IpAddr};
+use std::{fs, io, net::IpAddr};
 
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
@@ -28,7 +28,8 @@ const SOCK_DESTROY: u16 = 21;
 ///
 /// What netlink answers. `EOPNOTSUPP` where the kernel cannot abort sockets: they then hang.
 pub fn abort_connections(netns: &Netns, own: &[IpAddr]) -> io::Result<u32> {
-    let mut socket = netns.try_run(|| Socket::new(NETLINK_SOCK_DIAG))??;
+    let open = || may_have_sockets().then(|| Socket::new(NETLINK_SOCK_DIAG)).transpose();
+    let Some(mut socket) = netns.try_run(open)?? else { return Ok(0) };
     socket.bind_auto()?;
     socket.connect(&SocketAddr::new(0, 0))?;
     let mut aborted = 0;
@@ -40,6 +41,25 @@ pub fn abort_connections(netns: &Netns, own: &[IpAddr]) -> io::Result<u32> {
         }
     }
     Ok(aborted)
+}
+
+/// Whether the calling thread's namespace may have TCP sockets; one that has just been made has none.
+/// To list them the kernel looks at all connections of the machine, which takes milliseconds.
+fn may_have_sockets() -> bool {
+    let count = |file| fs::read_to_string(format!("/proc/thread-self/net/{file}"));
+    let none_of_v6 = match count("sockstat6") {
+        Ok(text) => has_line(&text, "TCP6: inuse 0"),
+        // A kernel without IPv6.
+        Err(error) => error.kind() == io::ErrorKind::NotFound,
+    };
+    !none_of_v6 || !count("sockstat").is_ok_and(|text| has_line(&text, "TCP: inuse 0"))
+}
+
+/// Whether one of the lines says this, and perhaps more.
+fn has_line(text: &str, words: &str) -> bool {
+    text.lines().any(|line| {
+        line.strip_prefix(words).is_some_and(|more| more.is_empty() || more.starts_with(' '))
+    })
 }
 
 fn is_local(id: &SocketId, own: &[IpAddr]) -> bool {
@@ -123,4 +143,36 @@ fn receive(socket: &Socket) -> io::Result<Vec<NetlinkMessage<SockDiagMessage>>> 
         messages.push(message);
     }
     Ok(messages)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{net::TcpListener, thread};
+
+    use nix::sched::{CloneFlags, unshare};
+
+    use super::*;
+
+    #[test]
+    fn a_namespace_without_sockets_is_known() {
+        let thread = thread::spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNET).unwrap();
+            assert!(!may_have_sockets());
+            for address in ["0.0.0.0:0", "[::]:0"] {
+                let socket = TcpListener::bind(address).unwrap();
+                assert!(may_have_sockets(), "{address}");
+                drop(socket);
+                assert!(!may_have_sockets());
+            }
+        });
+        thread.join().unwrap();
+    }
+
+    #[test]
+    fn ten_are_not_none() {
+        assert!(has_line("sockets: used 3\nTCP: inuse 0 orphan 0\n", "TCP: inuse 0"));
+        assert!(!has_line("TCP: inuse 01", "TCP: inuse 0"));
+        assert!(has_line("TCP6: inuse 0\nUDP6: inuse 4", "TCP6: inuse 0"));
+        assert!(!has_line("TCP6: inuse 10\n", "TCP6: inuse 0"));
+    }
 }

@@ -28,7 +28,8 @@ use super::{
     ledger::Entry,
     manager::Node,
     netns::Netns,
-    routing::{Changes, Routing, settings_hold},
+    routing::{Changes, Routing},
+    settings::Settings,
     sockets::{Facing, PodSockets, port_problem},
     source::PodSpec,
 };
@@ -75,7 +76,7 @@ pub struct PodState {
     pub listening: AtomicBool,
     /// Its certificate; none once it is un-enrolled.
     pub svid: Mutex<Option<SvidHandle>>,
-    namespace: Arc<Netns>,
+    settings: Arc<Settings>,
     guarded: Mutex<Guarded>,
     listener_port: AtomicU64,
     wake: Notify,
@@ -110,7 +111,7 @@ impl PodState {
 
     /// Has it looked at if a setting in it is not what it has to be.
     pub(super) fn check_settings(&self) {
-        if !settings_hold(&self.namespace) {
+        if !self.settings.hold() {
             self.wake();
         }
     }
@@ -167,6 +168,7 @@ impl Enrolled {
 
     async fn guard(node: &Arc<Node>, spec: PodSpec, netns: Arc<Netns>) -> Result<Self> {
         let cookie = netns.cookie();
+        let routing = Arc::new(Routing::connect(Arc::clone(&netns))?);
         let state = Arc::new(PodState {
             uid: spec.uid.clone(),
             netns: spec.netns.clone(),
@@ -176,7 +178,7 @@ impl Enrolled {
             aborted: AtomicU64::new(0),
             listening: AtomicBool::new(false),
             svid: Mutex::new(None),
-            namespace: Arc::clone(&netns),
+            settings: Arc::clone(routing.settings()),
             guarded: Mutex::default(),
             listener_port: AtomicU64::new(0),
             wake: Notify::new(),
@@ -187,7 +189,6 @@ impl Enrolled {
         // An agent that got as far as this had aborted what was open before the enrolment.
         let was_served = node.datapath.is_steered(cookie);
         let changes = Changes::watch(&netns)?;
-        let routing = Arc::new(Routing::connect(Arc::clone(&netns))?);
         let inventory = routing.inventory().await?;
         node.datapath.configure(cookie, &state.config(&inventory))?;
         guard_devices(node, &netns, &state, &inventory).await?;
@@ -409,7 +410,7 @@ async fn guard_devices(
         .context("entering the pod's network namespace")??;
     node.datapath.guard_peers(cookie, &peers)?;
     let peers = peers.into_iter().map(|peer| peer.name).collect();
-    let problem = port_problem(netns);
+    let problem = port_problem(&state.settings.port_range());
     *lock(&state.guarded) = Guarded { inventory: inventory.clone(), peers, problem };
     Ok(())
 }

@@ -5,7 +5,7 @@
 #![expect(clippy::wildcard_enum_match_arm, reason = "foreign enums that grow")]
 
 use std::{
-    fs, io,
+    io,
     net::{IpAddr, Ipv6Addr},
     sync::Arc,
     time::Duration,
@@ -22,7 +22,7 @@ use rtnetlink::{Handle, IpVersion, MulticastGroup, RouteMessageBuilder};
 use tokio::{sync::watch, time::timeout};
 use tokio_util::task::AbortOnDropHandle;
 
-use super::{inventory::Inventory, netns::Netns};
+use super::{inventory::Inventory, netns::Netns, settings::Settings};
 
 pub(super) const LOOPBACK_IFINDEX: u32 = 1;
 
@@ -34,15 +34,6 @@ const NOBODY: Ipv6Addr = Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0, 1);
 
 /// How long the kernel may take to answer. It loses an answer only if it is out of memory.
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
-
-/// Settings of the namespace, below `/proc/sys/net`, and the values that the capture needs:
-/// accepted sockets inherit the mark of their SYN, and the kernel's own resets carry the mark of
-/// what they answer. Since 3.15.
-const SETTINGS: [(&str, &str); 3] = [
-    ("/proc/sys/net/ipv4/tcp_fwmark_accept", "1"),
-    ("/proc/sys/net/ipv4/fwmark_reflect", "1"),
-    ("/proc/sys/net/ipv6/fwmark_reflect", "1"),
-];
 
 /// Why a pod's namespace cannot be prepared.
 #[derive(Debug, thiserror::Error)]
@@ -65,7 +56,7 @@ pub enum RoutingError {
     #[error("{path} in the pod's network namespace: {source}")]
     Setting {
         /// Which one.
-        path: &'static str,
+        path: String,
         /// What the kernel said.
         source: io::Error,
     },
@@ -92,6 +83,7 @@ pub(super) async fn answered<T>(
 /// A netlink connection into one namespace, for requests.
 pub struct Routing {
     netns: Arc<Netns>,
+    settings: Arc<Settings>,
     handle: Handle,
     _connection: AbortOnDropHandle<()>,
 }
@@ -154,12 +146,18 @@ impl Routing {
             .and_then(|connected| connected)
             .map_err(RoutingError::Netns)?;
         let connection = AbortOnDropHandle::new(tokio::spawn(connection));
-        Ok(Self { netns, handle, _connection: connection })
+        let settings = Arc::new(Settings::open(&netns)?);
+        Ok(Self { netns, settings, handle, _connection: connection })
     }
 
     /// The pod's network namespace.
     pub const fn netns(&self) -> &Arc<Netns> {
         &self.netns
+    }
+
+    /// The settings of the pod's network namespace.
+    pub const fn settings(&self) -> &Arc<Settings> {
+        &self.settings
     }
 
     /// What is there.
@@ -177,7 +175,7 @@ impl Routing {
     ///
     /// See [`RoutingError`].
     pub async fn ensure(&self, inventory: &Inventory) -> Result<u32, RoutingError> {
-        let mut changed = self.ensure_settings()?;
+        let mut changed = self.settings.ensure()?;
         for version in [IpVersion::V4, IpVersion::V6] {
             // Without an address nothing of this family can be dialled.
             let Some(source) = inventory.source(version == IpVersion::V4) else { continue };
@@ -201,21 +199,6 @@ impl Routing {
         let address = addition.message_mut().clone();
         answered(what, addition.execute()).await?;
         answered(what, addresses.del(address).execute()).await
-    }
-
-    fn ensure_settings(&self) -> Result<u32, RoutingError> {
-        let ensure = || {
-            let mut changed = 0;
-            for (path, wanted) in SETTINGS {
-                let failed = |source| RoutingError::Setting { path, source };
-                if !is_set(path, wanted).map_err(failed)? {
-                    fs::write(path, wanted).map_err(failed)?;
-                    changed += 1;
-                }
-            }
-            Ok(changed)
-        };
-        self.netns.try_run(ensure).map_err(RoutingError::Netns)?
     }
 
     async fn ensure_route(&self, version: IpVersion, source: IpAddr) -> Result<u32, RoutingError> {
@@ -308,33 +291,7 @@ impl Routing {
                 answered("removing a route", removal).await?;
             }
         }
-        let reset = || {
-            for (path, _) in SETTINGS {
-                match fs::write(path, "0") {
-                    Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                        return Err(RoutingError::Setting { path, source: error });
-                    }
-                    Ok(()) | Err(_) => {}
-                }
-            }
-            Ok(())
-        };
-        self.netns.try_run(reset).map_err(RoutingError::Netns)?
-    }
-}
-
-/// Whether the settings in a namespace are what the capture needs. Those that cannot be read are not.
-pub(super) fn settings_hold(netns: &Netns) -> bool {
-    let holds = || SETTINGS.into_iter().all(|(path, wanted)| is_set(path, wanted).unwrap_or(false));
-    netns.try_run(holds).unwrap_or(false)
-}
-
-fn is_set(path: &str, wanted: &str) -> io::Result<bool> {
-    match fs::read_to_string(path) {
-        Ok(found) => Ok(found.trim() == wanted),
-        // A kernel without IPv6.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(true),
-        Err(error) => Err(error),
+        self.settings.reset()
     }
 }
 

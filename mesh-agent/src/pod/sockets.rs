@@ -4,7 +4,7 @@
 //! application resets when it is closed, so that an agent that dies never looks like an orderly end.
 
 use std::{
-    fs, io,
+    io,
     net::{IpAddr, Ipv6Addr, SocketAddr, TcpStream},
     ops::RangeInclusive,
     os::fd::AsFd as _,
@@ -48,11 +48,9 @@ const PLAINTEXT_PORTS: RangeInclusive<u16> = 61_000..=65_535;
 /// How many of those are tried before the application counts as unreachable.
 const PLAINTEXT_ATTEMPTS: usize = 64;
 
-/// Why the kernel would not keep these halves apart in a pod, if so.
-pub fn port_problem(netns: &Netns) -> Option<String> {
-    let read = || fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range");
-    let range = netns.try_run(read).and_then(|range| range);
-    let range = range.unwrap_or_default();
+/// Why the kernel would not keep these halves apart in a pod with this
+/// `net.ipv4.ip_local_port_range`, if so.
+pub fn port_problem(range: &str) -> Option<String> {
     let mut bounds = range.split_whitespace().map_while(|bound| bound.parse::<u16>().ok());
     let separates = bounds.next().zip(bounds.next()).is_some_and(|(low, high)| {
         low <= *NETWORK_PORTS.end() && *APPLICATION_PORTS.start() <= high
@@ -61,7 +59,7 @@ pub fn port_problem(netns: &Netns) -> Option<String> {
         format!(
             "net.ipv4.ip_local_port_range in the pod is {:?}, which does not contain {} and {}: \
              some of its connections will fail",
-            range.trim(),
+            range,
             NETWORK_PORTS.end(),
             APPLICATION_PORTS.start()
         )
