@@ -6,8 +6,8 @@ use clap::Parser as _;
 use mesh_agent::{agent, cli::Cli, cni};
 use tikv_jemallocator::Jemalloc;
 
-/// Gives back what ten thousand connections needed, which glibc's allocator keeps. Its settings are
-/// in `.cargo/config.toml`.
+/// Gives back what ten thousand connections needed, which glibc's allocator keeps. It is AWS-LC's as
+/// well, since it is what C calls `malloc`. Its settings are in `.cargo/config.toml`.
 #[global_allocator]
 static ALLOCATOR: Jemalloc = Jemalloc;
 
