@@ -5,7 +5,7 @@ use std::cell::RefCell;
 use super::frame::{MAX_CONTROL, MAX_FRAME};
 
 /// The size of every buffer, in bytes: four full records, and some control frames.
-pub(crate) const CAPACITY: usize = 4 * MAX_FRAME + 2 * MAX_CONTROL;
+pub const CAPACITY: usize = 4 * MAX_FRAME + 2 * MAX_CONTROL;
 
 /// Buffers that each worker thread keeps when nobody uses them.
 const SPARE: usize = 4;
@@ -17,7 +17,7 @@ thread_local! {
 /// mostly for the length of a poll. Only who is left with bytes that nobody takes keeps it for
 /// longer, so idle connections hold none.
 #[derive(Debug, Default)]
-pub(crate) struct Buffer {
+pub struct Buffer {
     /// All of it is initialised, so that several pieces can be read into at once.
     room: Box<[u8]>,
     taken: usize,
@@ -26,22 +26,22 @@ pub(crate) struct Buffer {
 
 impl Buffer {
     /// What is there, not yet taken.
-    pub(crate) fn bytes(&self) -> &[u8] {
+    pub fn bytes(&self) -> &[u8] {
         self.room.get(self.taken..self.filled).unwrap_or_default()
     }
 
     /// The same, to be changed in place.
-    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
         self.room.get_mut(self.taken..self.filled).unwrap_or_default()
     }
 
     /// Whether everything was taken.
-    pub(crate) const fn is_empty(&self) -> bool {
+    pub const fn is_empty(&self) -> bool {
         self.taken == self.filled
     }
 
     /// The room behind what is there. If nothing comes of it, say so with `take(0)`.
-    pub(crate) fn room(&mut self) -> &mut [u8] {
+    pub fn room(&mut self) -> &mut [u8] {
         if self.room.is_empty() {
             let spare = SPARES.with_borrow_mut(Vec::pop);
             self.room = spare.unwrap_or_else(|| vec![0; CAPACITY].into_boxed_slice());
@@ -50,19 +50,19 @@ impl Buffer {
     }
 
     /// The same, and the room of what was taken as well.
-    pub(crate) fn all_room(&mut self) -> &mut [u8] {
+    pub fn all_room(&mut self) -> &mut [u8] {
         self.room.copy_within(self.taken..self.filled, 0);
         self.filled -= std::mem::take(&mut self.taken);
         self.room()
     }
 
     /// So many bytes of the room hold something now.
-    pub(crate) fn fill(&mut self, bytes: usize) {
+    pub fn fill(&mut self, bytes: usize) {
         self.filled = self.room.len().min(self.filled + bytes);
     }
 
     /// Takes bytes from the front. With the last one the room goes, too.
-    pub(crate) fn take(&mut self, bytes: usize) {
+    pub fn take(&mut self, bytes: usize) {
         self.taken = self.filled.min(self.taken + bytes);
         if self.is_empty() {
             (self.taken, self.filled) = (0, 0);
@@ -77,12 +77,12 @@ impl Buffer {
 
     /// Whether it has any room now.
     #[cfg(test)]
-    pub(crate) fn is_lent(&self) -> bool {
+    pub fn is_lent(&self) -> bool {
         !self.room.is_empty()
     }
 
     /// Puts bytes behind what is there: control frames, for which every buffer has room.
-    pub(crate) fn append(&mut self, bytes: &[u8]) {
+    pub fn append(&mut self, bytes: &[u8]) {
         let room = self.room().get_mut(..bytes.len());
         debug_assert!(room.is_some(), "no room for a control frame");
         room.unwrap_or_default().copy_from_slice(bytes);

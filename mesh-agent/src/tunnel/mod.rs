@@ -79,7 +79,7 @@
 //! ```
 
 mod app;
-pub(crate) mod buffer;
+pub mod buffer;
 mod coalescing;
 pub mod frame;
 mod plain;
