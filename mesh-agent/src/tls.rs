@@ -5,7 +5,12 @@ mod handshake;
 pub mod kernel;
 pub mod records;
 
-use std::{io, sync::Arc};
+use std::{
+    io,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+};
 
 use rustls::{
     ClientConfig, Error as TlsError, ServerConfig,
@@ -13,7 +18,10 @@ use rustls::{
     pki_types::{CertificateDer, ServerName},
     server::UnbufferedServerConnection,
 };
-use tokio::net::TcpStream;
+use tokio::{
+    io::{AsyncBufRead, ReadBuf},
+    net::TcpStream,
+};
 use tokio_util::either::Either;
 
 use self::{
@@ -22,6 +30,12 @@ use self::{
     records::Records,
 };
 use crate::tunnel::Coalescing;
+
+/// Type, version and length of a record, in bytes.
+const HEADER: usize = 5;
+
+/// The plaintext of the largest record, in bytes.
+const MAX_TEXT: usize = 1 << 14;
 
 /// `alert` of level warning, that the connection has been closed in order: RFC 8446, 6.1.
 const ALERT_CLOSE_NOTIFY: [u8; 2] = [1, 0];
@@ -101,6 +115,19 @@ async fn encrypted<S: Session>(
                 io::Error::new(error.kind(), text)
             }),
     }
+}
+
+/// Reads, for whoever has no use for the buffer itself.
+fn poll_read_buffered<R: AsyncBufRead>(
+    mut stream: Pin<&mut R>,
+    cx: &mut Context<'_>,
+    buf: &mut ReadBuf<'_>,
+) -> Poll<io::Result<()>> {
+    let input = ready!(stream.as_mut().poll_fill_buf(cx))?;
+    let taken = input.len().min(buf.remaining());
+    buf.put_slice(input.get(..taken).unwrap_or(input));
+    stream.consume(taken);
+    Poll::Ready(Ok(()))
 }
 
 fn invalid(error: TlsError) -> io::Error {

@@ -11,11 +11,8 @@ use rustls::{
 };
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 
-use super::{invalid, records::Renewal};
+use super::{HEADER, invalid, records::Renewal};
 use crate::tunnel::ALPN;
-
-/// Type, version and length of a record.
-const HEADER: usize = 5;
 
 /// What a handshake has brought.
 pub(super) struct Established {
@@ -72,7 +69,6 @@ enum Next {
     Step,
     Send,
     Receive,
-    Nothing,
 }
 
 /// Makes a tunnel of a connection. Reads not a byte of what follows the handshake, which is for
@@ -114,8 +110,9 @@ async fn shake_hands<S: Session>(
                 sent.done();
                 Next::Send
             }
-            Ok(ConnectionState::BlockedHandshake) => Next::Receive,
-            Ok(ConnectionState::WriteTraffic(_)) => Next::Nothing,
+            Ok(ConnectionState::BlockedHandshake | ConnectionState::WriteTraffic(_)) => {
+                Next::Receive
+            }
             Ok(_) => return Err(io::ErrorKind::UnexpectedEof.into()),
             Err(error) => {
                 // Why, for the peer: all that is left to say, and nothing is looked at again.
@@ -134,8 +131,8 @@ async fn shake_hands<S: Session>(
                 tcp.write_all(&outgoing).await?;
                 outgoing.clear();
             }
-            Next::Nothing if !session.agreed().is_handshaking() => return Ok(()),
-            Next::Receive | Next::Nothing => {
+            Next::Receive if !session.agreed().is_handshaking() => return Ok(()),
+            Next::Receive => {
                 // rustls sees the header first: what is no TLS may have no body.
                 body = if body == 0 {
                     read(tcp, &mut incoming, HEADER).await?;

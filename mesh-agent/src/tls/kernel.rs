@@ -30,14 +30,11 @@ use tokio::{
 };
 use zeroize::Zeroize as _;
 
-use super::ALERT_CLOSE_NOTIFY;
+use super::{ALERT_CLOSE_NOTIFY, MAX_TEXT, poll_read_buffered};
 use crate::{
     sys::tls::{expect_no_padding, send_record},
     tunnel::buffer::Buffer,
 };
-
-/// The plaintext of the largest record, in bytes.
-const RECORD: usize = 1 << 14;
 
 /// Blocks of 16 bytes that AES-GCM may encrypt under one key: RFC 8446, 5.5, has 2^24.5 full
 /// records, of 2^10 blocks each. A sender in user space would take new keys then, which kernels take
@@ -217,15 +214,11 @@ impl AsyncBufRead for KernelTls {
 
 impl AsyncRead for KernelTls {
     fn poll_read(
-        mut self: Pin<&mut Self>,
+        self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let input = ready!(self.as_mut().poll_fill_buf(cx))?;
-        let taken = input.len().min(buf.remaining());
-        buf.put_slice(input.get(..taken).unwrap_or(input));
-        self.consume(taken);
-        Poll::Ready(Ok(()))
+        poll_read_buffered(self, cx, buf)
     }
 }
 
@@ -276,7 +269,7 @@ impl AsyncWrite for KernelTls {
 /// How many blocks AES-GCM makes of a write, at most: each record has one more for its type and one
 /// for its tag.
 const fn blocks(written: usize) -> u64 {
-    (written.div_ceil(16) + 2 * written.div_ceil(RECORD)) as u64
+    (written.div_ceil(16) + 2 * written.div_ceil(MAX_TEXT)) as u64
 }
 
 fn enable(socket: &impl AsFd) -> io::Result<()> {

@@ -22,23 +22,21 @@ use rustls::{
 };
 use tokio::io::{AsyncBufRead, AsyncRead, AsyncWrite, ReadBuf};
 
-use super::{ALERT_CLOSE_NOTIFY, handshake::Established, invalid};
+use super::{
+    ALERT_CLOSE_NOTIFY, HEADER, MAX_TEXT, handshake::Established, invalid, poll_read_buffered,
+};
 use crate::tunnel::buffer::{Buffer, CAPACITY};
 
-/// Type, version and length.
-const HEADER: usize = 5;
-/// The plaintext of the largest record, in bytes.
-const MAX_TEXT: usize = 1 << 14;
 /// What is behind the header of the largest record, in bytes: RFC 8446, 5.2.
 const MAX_BODY: usize = MAX_TEXT + 256;
 /// How many records one system call takes.
 const AT_ONCE: usize = 5;
 /// `alert` levels: RFC 8446, 6.
 const FATAL: u8 = 2;
-/// A KeyUpdate message but for its last byte: type and length. RFC 8446, 4.6.3.
-const KEY_UPDATE: [u8; 4] = [24, 0, 0, 1];
-const UPDATE_NOT_REQUESTED: u8 = 0;
-const UPDATE_REQUESTED: u8 = 1;
+/// A KeyUpdate message: what follows is encrypted with the next key. RFC 8446, 4.6.3.
+const KEY_UPDATE: &[u8] = &[24, 0, 0, 1, 0];
+/// The same, and the receiver is to take its next key as well.
+const KEY_UPDATE_REQUESTED: &[u8] = &[24, 0, 0, 1, 1];
 
 /// Where the next keys of a connection come from.
 pub(super) trait Renewal: Send + Sync {
@@ -134,10 +132,7 @@ impl<S> Records<S> {
         };
         let kind = ContentType::from(kind);
         if kind != ContentType::ApplicationData {
-            return Err(TlsError::InappropriateMessage {
-                expect_types: vec![ContentType::ApplicationData],
-                got_type: kind,
-            });
+            return Err(unexpected(kind));
         }
         let length = usize::from(u16::from_be_bytes([high, low]));
         if length > MAX_BODY {
@@ -146,7 +141,7 @@ impl<S> Records<S> {
         let Some(body) = behind.get_mut(..length) else { return Ok(false) };
         let (kind, text) = self.opener.open(body)?;
         match (kind, text) {
-            (ContentType::ApplicationData, text) => {
+            (ContentType::ApplicationData, _) => {
                 self.text = text.len();
                 self.rest = length - text.len();
                 self.received.take(HEADER);
@@ -158,11 +153,8 @@ impl<S> Records<S> {
             (ContentType::Alert, &[_, description]) => {
                 return Err(TlsError::AlertReceived(description.into()));
             }
-            (
-                ContentType::Handshake,
-                &[24, 0, 0, 1, asked @ (UPDATE_NOT_REQUESTED | UPDATE_REQUESTED)],
-            ) => {
-                self.asked |= asked == UPDATE_REQUESTED;
+            (ContentType::Handshake, KEY_UPDATE | KEY_UPDATE_REQUESTED) => {
+                self.asked |= text == KEY_UPDATE_REQUESTED;
                 self.opener = Opener::new(self.suite, self.renewal.receive()?)?;
             }
             (ContentType::Handshake, text) => {
@@ -171,12 +163,7 @@ impl<S> Records<S> {
                     got_type: text.first().map_or(HandshakeType::Unknown(0), |kind| (*kind).into()),
                 });
             }
-            (kind, _) => {
-                return Err(TlsError::InappropriateMessage {
-                    expect_types: vec![ContentType::ApplicationData],
-                    got_type: kind,
-                });
-            }
+            (kind, _) => return Err(unexpected(kind)),
         }
         self.received.take(HEADER + length);
         Ok(true)
@@ -199,8 +186,7 @@ impl<S> Records<S> {
     /// Takes a new key before the old one has served too long, or if the peer wants it.
     fn renew(&mut self) -> Result<(), TlsError> {
         if self.asked || self.sealer.is_worn() {
-            let [a, b, c, d] = KEY_UPDATE;
-            self.seal(ContentType::Handshake, &[a, b, c, d, UPDATE_NOT_REQUESTED])?;
+            self.seal(ContentType::Handshake, KEY_UPDATE)?;
             self.sealer = Sealer::new(self.suite, self.renewal.transmit()?)?;
             self.asked = false;
         }
@@ -295,15 +281,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncBufRead for Records<S> {
 
 impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Records<S> {
     fn poll_read(
-        mut self: Pin<&mut Self>,
+        self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let input = ready!(self.as_mut().poll_fill_buf(cx))?;
-        let taken = input.len().min(buf.remaining());
-        buf.put_slice(input.get(..taken).unwrap_or(input));
-        self.consume(taken);
-        Poll::Ready(Ok(()))
+        poll_read_buffered(self, cx, buf)
     }
 }
 
@@ -400,6 +382,14 @@ impl Sealer {
         let record = self.encrypter.encrypt(plain, self.sequence)?.encode();
         self.sequence += 1;
         Ok(record)
+    }
+}
+
+/// A record of a kind that has no place here.
+fn unexpected(kind: ContentType) -> TlsError {
+    TlsError::InappropriateMessage {
+        expect_types: vec![ContentType::ApplicationData],
+        got_type: kind,
     }
 }
 

@@ -182,8 +182,8 @@ async fn a_key_is_not_used_for_ever() {
 fn keys_are_used_no_longer_than_the_standard_allows() {
     assert_eq!(blocks(0), 0);
     assert_eq!(blocks(1), 3);
-    assert_eq!(blocks(RECORD), 1024 + 2);
-    assert_eq!(blocks(RECORD + 1), 1024 + 1 + 4);
+    assert_eq!(blocks(MAX_TEXT), 1024 + 2);
+    assert_eq!(blocks(MAX_TEXT + 1), 1024 + 1 + 4);
     // 2^24.5 full records.
     assert!(u128::from(BLOCKS).pow(2) < 1 << (2 * 34 + 1));
 }

@@ -252,7 +252,7 @@ async fn keys_are_renewed_in_time_and_on_request() {
     for round in 0..20 {
         // Of a new key, too.
         near.sealer.limit = 3;
-        send(&mut far, ContentType::Handshake, &[24, 0, 0, 1, UPDATE_REQUESTED]).await;
+        send(&mut far, ContentType::Handshake, KEY_UPDATE_REQUESTED).await;
         far.sealer = Sealer::new(far.suite, far.renewal.transmit().unwrap()).unwrap();
         for text in [b"a", b"b"] {
             say(&mut far, text).await;
