@@ -60,11 +60,18 @@ pub(crate) enum Link {
     None,
 }
 
-/// The first guard: packets of sockets, from the network header on.
+/// Whether a packet goes by loopback, which has this index in every network namespace: it stays
+/// inside, whosever that is.
+#[inline(always)]
+pub(crate) fn stays_inside<P: Outgoing>(packet: &P) -> bool {
+    packet.ifindex() == LOOPBACK_IFINDEX
+}
+
+/// The first guard: packets of sockets that do not stay inside, from the network header on.
 #[inline(always)]
 pub(crate) fn cgroup<P: Outgoing>(packet: &P, pod: &PodConfig) -> Result<Pass, Reason> {
     let sender = packet.sender();
-    if packet.ifindex() == LOOPBACK_IFINDEX || sender == Sender::Tunnel {
+    if sender == Sender::Tunnel {
         return Ok(Pass::Clean);
     }
     judge(packet, 0, sender, pod)

@@ -81,14 +81,19 @@ fn connect(ctx: &SockAddrContext, destination: Address) -> i32 {
     }
 }
 
-/// First guard: whatever sockets in an enrolled namespace send.
+/// First guard: whatever sockets in an enrolled namespace send. Runs for every packet of every socket
+/// of the machine, so the cheapest question comes first.
 #[cgroup_skb(egress)]
 pub fn egress(ctx: SkBuffContext) -> i32 {
+    let packet = ctx::CgroupPacket(&ctx);
+    if guard::stays_inside(&packet) {
+        return EGRESS_PASS;
+    }
     let cookie = ctx::netns_cookie_of_packet(&ctx);
     let Some(pod) = maps::pod(cookie) else {
         return EGRESS_PASS;
     };
-    match guard::cgroup(&ctx::CgroupPacket(&ctx), pod) {
+    match guard::cgroup(&packet, pod) {
         Ok(_) => EGRESS_PASS,
         Err(reason) => {
             log::drop(&ctx, cookie, Layer::Cgroup, reason);
