@@ -218,7 +218,8 @@ impl Mesh<'_> {
         let leaf = peer::leaf(&stream)?;
         peer::check(&leaf, server)?;
         pod.stats.handshake(Direction::Outbound);
-        Ok(Tunnel { key, proof, not_after: reusable_until([&leaf, &svid.leaf]), stream })
+        let not_after = reusable_until([&leaf, &svid.leaf]);
+        Ok(Tunnel { key, proof, made: tokio::time::Instant::now(), not_after, stream })
     }
 }
 

@@ -49,6 +49,8 @@ pub struct Tunnel<T> {
     pub key: Key,
     /// What it was authenticated under.
     pub proof: Proof,
+    /// When it was made.
+    pub made: Instant,
     /// When the first of the two certificates expires.
     pub not_after: SystemTime,
     /// The TLS stream.
@@ -189,7 +191,9 @@ impl<T: Transport + Send + 'static> Pool<T> {
         idle.tunnels.get(key).is_some_and(|entries| entries.iter().any(good))
     }
 
-    /// Keeps an idle tunnel, if it still is one and there is room for it.
+    /// Keeps an idle tunnel, if it still is one and there is room for it. Of a key that has enough,
+    /// the one made last gives way: what was allocated one after the other stays, and tunnels kept
+    /// from here and there do not hold the memory between them.
     pub fn put(&self, mut tunnel: Tunnel<T>) {
         let Shared { limits, idle, alarm, .. } = &*self.0;
         let mut evicted = None;
@@ -198,10 +202,15 @@ impl<T: Transport + Send + 'static> Pool<T> {
         idle.next_id += 1;
         let waker = Waker::from(Arc::new(EntryWaker { id, alarm: Arc::clone(alarm) }));
         let kept = idle.tunnels.get(&tunnel.key).map_or(0, Vec::len);
-        if kept < limits.per_key && is_quiet(&mut tunnel.stream, &mut Context::from_waker(&waker)) {
-            if idle.by_age.len() >= limits.total {
-                evicted = idle.remove_oldest();
-            }
+        let (full, crowded) = (kept >= limits.per_key, idle.by_age.len() >= limits.total);
+        let gives_way = match (full, crowded) {
+            (true, _) => idle.made_after(&tunnel),
+            (false, true) => idle.oldest(),
+            (false, false) => None,
+        };
+        let has_room = !full || gives_way.is_some();
+        if has_room && is_quiet(&mut tunnel.stream, &mut Context::from_waker(&waker)) {
+            evicted = gives_way.and_then(|id| idle.remove(id));
             idle.by_age.insert(id, tunnel.key.clone());
             let entries = idle.tunnels.entry(tunnel.key.clone()).or_default();
             entries.push(Entry { id, since: Instant::now(), tunnel });
@@ -276,8 +285,10 @@ impl<T> Idle<T> {
         Some(entry)
     }
 
-    fn remove_oldest(&mut self) -> Option<Entry<T>> {
-        self.oldest().and_then(|id| self.remove(id))
+    /// Of the same key, the tunnel made last, if this one was made before it.
+    fn made_after(&self, tunnel: &Tunnel<T>) -> Option<u64> {
+        let last = self.tunnels.get(&tunnel.key)?.iter().max_by_key(|entry| entry.tunnel.made)?;
+        (last.tunnel.made > tunnel.made).then_some(last.id)
     }
 
     fn oldest(&self) -> Option<u64> {

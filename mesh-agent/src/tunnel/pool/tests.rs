@@ -17,7 +17,8 @@ const PROOF: Proof = Proof { certificate: 1, bundle: 1, registration: 1 };
 fn tunnel(key: Key) -> (Tunnel<Stream>, DuplexStream) {
     let (near, far) = duplex(64);
     let not_after = SystemTime::now() + Duration::from_secs(3600);
-    (Tunnel { key, proof: PROOF, not_after, stream: BufReader::new(near) }, far)
+    let (made, stream) = (Instant::now(), BufReader::new(near));
+    (Tunnel { key, proof: PROOF, made, not_after, stream }, far)
 }
 
 /// Puts a tunnel and returns the server's end of it.
@@ -81,6 +82,25 @@ async fn nothing_outlives_what_it_was_authenticated_under() {
     assert!(pool.take(&key("a"), PROOF).is_none());
     let _twin = put(&pool, key("a"));
     assert!(pool.take(&key("a"), PROOF).is_some());
+}
+
+#[tokio::test]
+async fn of_a_key_that_has_enough_those_made_first_stay() {
+    let pool = Pool::new(PoolLimits { per_key: 2, ..PoolLimits::default() });
+    let mut made: Vec<_> = (0..4).map(|_| tunnel(key("a"))).collect();
+    for (number, (tunnel, _)) in made.iter_mut().enumerate() {
+        tunnel.made += Duration::from_secs(number as u64);
+    }
+    let [first, second, third, fourth] = <[_; 4]>::try_from(made).ok().unwrap();
+    let mut ends = [first.1, second.1, third.1, fourth.1];
+    for tunnel in [third.0, second.0, fourth.0, first.0] {
+        pool.put(tunnel);
+    }
+    let mut open = Vec::new();
+    for end in &mut ends {
+        open.push(end.write_all(b"x").await.is_ok());
+    }
+    assert_eq!(open, [true, true, false, false]);
 }
 
 #[tokio::test]
