@@ -60,7 +60,7 @@ pub struct Tunnel<T> {
 /// Bounds of a [`Pool`].
 #[derive(Clone, Copy, Debug)]
 pub struct PoolLimits {
-    /// Idle tunnels for one [`Key`].
+    /// Idle tunnels for one [`Key`]; the one made last gives way.
     pub per_key: usize,
     /// Idle tunnels in all; the one that has been idle longest gives way.
     pub total: usize,
