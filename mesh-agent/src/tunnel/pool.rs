@@ -192,8 +192,8 @@ impl<T: Transport + Send + 'static> Pool<T> {
     }
 
     /// Keeps an idle tunnel, if it still is one and there is room for it. Of a key that has enough,
-    /// the one made last gives way: what was allocated one after the other stays, and tunnels kept
-    /// from here and there do not hold the memory between them.
+    /// the one made last gives way to one that is as good: what was allocated one after the other
+    /// stays, and tunnels kept from here and there do not hold the memory between them.
     pub fn put(&self, mut tunnel: Tunnel<T>) {
         let Shared { limits, idle, alarm, .. } = &*self.0;
         let mut evicted = None;
@@ -285,10 +285,12 @@ impl<T> Idle<T> {
         Some(entry)
     }
 
-    /// Of the same key, the tunnel made last, if this one was made before it.
+    /// Of the same key, the tunnel made last, if this one was made before it and is good for as long.
     fn made_after(&self, tunnel: &Tunnel<T>) -> Option<u64> {
         let last = self.tunnels.get(&tunnel.key)?.iter().max_by_key(|entry| entry.tunnel.made)?;
-        (last.tunnel.made > tunnel.made).then_some(last.id)
+        let Tunnel { proof, made, not_after, .. } = &last.tunnel;
+        let as_good = tunnel.proof == *proof && tunnel.not_after >= *not_after;
+        (tunnel.made < *made && as_good).then_some(last.id)
     }
 
     fn oldest(&self) -> Option<u64> {

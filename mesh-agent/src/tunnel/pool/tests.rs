@@ -88,8 +88,10 @@ async fn nothing_outlives_what_it_was_authenticated_under() {
 async fn of_a_key_that_has_enough_those_made_first_stay() {
     let pool = Pool::new(PoolLimits { per_key: 2, ..PoolLimits::default() });
     let mut made: Vec<_> = (0..4).map(|_| tunnel(key("a"))).collect();
+    let not_after = made[0].0.not_after;
     for (number, (tunnel, _)) in made.iter_mut().enumerate() {
         tunnel.made += Duration::from_secs(number as u64);
+        tunnel.not_after = not_after;
     }
     let [first, second, third, fourth] = <[_; 4]>::try_from(made).ok().unwrap();
     let mut ends = [first.1, second.1, third.1, fourth.1];
@@ -101,6 +103,20 @@ async fn of_a_key_that_has_enough_those_made_first_stay() {
         open.push(end.write_all(b"x").await.is_ok());
     }
     assert_eq!(open, [true, true, false, false]);
+}
+
+#[tokio::test]
+async fn one_made_before_a_rotation_takes_no_place() {
+    let pool = Pool::new(PoolLimits { per_key: 1, ..PoolLimits::default() });
+    let (mut stale, _stale_end) = tunnel(key("a"));
+    stale.proof.certificate -= 1;
+    let (mut expiring, _expiring_end) = tunnel(key("a"));
+    expiring.not_after -= Duration::from_secs(60);
+    let _end = put(&pool, key("a"));
+    pool.put(stale);
+    pool.put(expiring);
+    let kept = pool.take(&key("a"), PROOF).unwrap();
+    assert!(kept.not_after > SystemTime::now() + Duration::from_secs(3550));
 }
 
 #[tokio::test]
