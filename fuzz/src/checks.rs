@@ -227,7 +227,7 @@ fn assert_well_formed(output: &[u8], said: &[u8], client: bool, end: &End, reusa
             false
         }
         Frame::Fin | Frame::Reset => true,
-        Frame::Open(_) | Frame::Status(_) | Frame::GoAway => {
+        Frame::Open(_) | Frame::Status(_) | Frame::GoAway | Frame::Credit(_) | Frame::Blocked => {
             panic!("{frame:?} in the middle of the stream")
         }
     });

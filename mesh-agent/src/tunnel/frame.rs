@@ -1,6 +1,7 @@
-//! The frames of `nodemesh/1`: values, bytes, and a decoder that never holds a payload.
+//! The frames of tunnels: values, bytes, and decoders that never hold a payload.
 //!
-//! Every message is one frame: a type byte, a 16-bit big-endian length, and that many bytes.
+//! Every message is one frame: a type byte, a 16-bit big-endian length, and that many bytes. In a
+//! tunnel that connections share (`nodemesh/2`), the number of a connection stands before it.
 //! `docs/tunnel.md` is the specification; this file is its byte layouts.
 
 use std::{
@@ -18,6 +19,8 @@ pub const MAX_DATA: usize = MAX_FRAME - FRAME_HEADER;
 pub const MAX_TEXT: usize = 256;
 /// The largest control frame (a STATUS with the longest text), in bytes.
 pub const MAX_CONTROL: usize = FRAME_HEADER + 1 + MAX_TEXT;
+/// Connections that may share a tunnel; their numbers are below this.
+pub const NUMBERS: u8 = 64;
 
 const VERSION: u8 = 1;
 /// Version, trace id, port; the address follows and its length tells its family.
@@ -32,6 +35,8 @@ mod kind {
     pub(super) const FIN: u8 = 4;
     pub(super) const RESET: u8 = 5;
     pub(super) const GOAWAY: u8 = 6;
+    pub(super) const CREDIT: u8 = 7;
+    pub(super) const BLOCKED: u8 = 8;
 }
 
 /// Ties the two agents' log lines about one connection together; shown as 32 hex digits.
@@ -241,6 +246,10 @@ pub enum Frame {
     Reset,
     /// Server to client: open no more connections on this tunnel.
     GoAway,
+    /// Either way, where connections share a tunnel: the receiver may send so many bytes more.
+    Credit(u32),
+    /// Either way, where connections share a tunnel: the sender has used all of its credit.
+    Blocked,
 }
 
 impl Frame {
@@ -253,7 +262,8 @@ impl Frame {
             Self::Open(header) => header.encode(out),
             Self::Status(status) => status.encode(out),
             Self::Data(len) => announced = *len,
-            Self::Fin | Self::Reset | Self::GoAway => {}
+            Self::Credit(bytes) => out.extend_from_slice(&bytes.to_be_bytes()),
+            Self::Fin | Self::Reset | Self::GoAway | Self::Blocked => {}
         }
         let body = u16::try_from(out.len() - start - FRAME_HEADER).unwrap_or(u16::MAX);
         let len = body + announced;
@@ -278,6 +288,8 @@ impl Frame {
             Self::Fin => kind::FIN,
             Self::Reset => kind::RESET,
             Self::GoAway => kind::GOAWAY,
+            Self::Credit(_) => kind::CREDIT,
+            Self::Blocked => kind::BLOCKED,
         }
     }
 
@@ -299,6 +311,8 @@ impl Frame {
             kind::FIN => Self::Fin,
             kind::RESET => Self::Reset,
             kind::GOAWAY => Self::GoAway,
+            kind::CREDIT => Self::Credit(credit(body)?),
+            kind::BLOCKED => Self::Blocked,
             other => return Err(Malformed::Kind(other)),
         };
         Ok(Some((frame, needed)))
@@ -312,7 +326,8 @@ fn needed(input: &[u8]) -> Result<usize, Malformed> {
         kind::OPEN => (OPEN_V4, OPEN_V6),
         kind::STATUS => (1, 1 + MAX_TEXT),
         kind::DATA => (1, MAX_DATA),
-        kind::FIN | kind::RESET | kind::GOAWAY => (0, 0),
+        kind::FIN | kind::RESET | kind::GOAWAY | kind::BLOCKED => (0, 0),
+        kind::CREDIT => (size_of::<u32>(), size_of::<u32>()),
         other => return Err(Malformed::Kind(other)),
     };
     let Some(&[_, hi, lo]) = input.first_chunk::<FRAME_HEADER>() else { return Ok(FRAME_HEADER) };
@@ -323,7 +338,12 @@ fn needed(input: &[u8]) -> Result<usize, Malformed> {
     Ok(FRAME_HEADER + if kind == kind::DATA { 0 } else { len })
 }
 
-/// Bytes that are not `nodemesh/1`. The tunnel they came from is of no further use.
+fn credit(body: &[u8]) -> Result<u32, Malformed> {
+    let bytes = body.try_into().map(u32::from_be_bytes);
+    bytes.ok().filter(|bytes| *bytes > 0).ok_or(Malformed::Credit)
+}
+
+/// Bytes that are no tunnel's. The tunnel they came from is of no further use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Malformed {
     /// A frame type that does not exist.
@@ -349,6 +369,18 @@ pub enum Malformed {
     /// A STATUS whose text is not plain UTF-8, or that accepts and still has a text.
     #[error("the text of a STATUS frame is not plain UTF-8")]
     Status,
+    /// A CREDIT of nothing.
+    #[error("a CREDIT frame must grant something")]
+    Credit,
+    /// A connection's number that is too high.
+    #[error("a tunnel has no connection {0}: the numbers end at {last}", last = NUMBERS - 1)]
+    Number(u8),
+    /// More payload than was granted.
+    #[error("more bytes than the receiver has granted")]
+    Window,
+    /// More credit than anybody needs.
+    #[error("more credit than fits")]
+    Overflow,
     /// A frame that the state of the connection does not allow.
     #[error("a frame of type {0:#04x} has no place here")]
     Unexpected(u8),
@@ -436,6 +468,55 @@ impl Decoder {
     #[must_use]
     pub const fn at_boundary(&self) -> bool {
         self.partial.is_empty() && self.payload == 0
+    }
+}
+
+/// Finds frames in the bytes of a tunnel that connections share, and whose they are.
+#[derive(Debug, Default)]
+pub struct Numbered {
+    /// Whose frame has begun.
+    number: Option<u8>,
+    decoder: Decoder,
+}
+
+impl Numbered {
+    /// As [`Decoder::decode`], with the number of the connection.
+    ///
+    /// # Errors
+    /// [`Malformed`]; the decoder is then of no further use.
+    pub fn decode<'a>(&mut self, input: &'a [u8]) -> Result<(u8, Decoded<'a>), Malformed> {
+        let (number, frame, before) = match (self.number, input.split_first()) {
+            (None, Some((&number, frame))) => (number, frame, 1),
+            (number, _) => (number.unwrap_or_default(), input, 0),
+        };
+        if number >= NUMBERS {
+            return Err(Malformed::Number(number));
+        }
+        self.number = Some(number);
+        if frame.is_empty() {
+            return Ok((number, Decoded::Partial(before)));
+        }
+        let decoded = match self.decoder.decode(frame)? {
+            Decoded::Partial(used) => Decoded::Partial(before + used),
+            Decoded::Frame(used, frame) => {
+                self.number = self.number.filter(|_| matches!(frame, Frame::Data(_)));
+                Decoded::Frame(before + used, frame)
+            }
+            payload @ Decoded::Payload(_) => payload,
+        };
+        Ok((number, decoded))
+    }
+
+    /// As [`Decoder::advance`].
+    pub fn advance(&mut self, taken: usize) {
+        self.decoder.advance(taken);
+        self.number = self.number.filter(|_| !self.decoder.at_boundary());
+    }
+
+    /// Whether the stream stands between two frames.
+    #[must_use]
+    pub const fn at_boundary(&self) -> bool {
+        self.number.is_none()
     }
 }
 

@@ -87,6 +87,8 @@ pub mod pool;
 mod pump;
 mod relay;
 pub mod server;
+pub mod shared;
+pub mod sharing;
 
 pub use app::{App, AppSocket};
 pub use coalescing::Coalescing;
@@ -94,9 +96,14 @@ pub use frame::{Header, Malformed, Reason, Refusal, TraceId};
 pub use plain::relay_plain;
 pub use pool::{Pool, PoolLimits};
 pub use relay::{End, Outcome, Role, Traffic, Transport, relay};
+pub use shared::Shared;
+pub use sharing::Sharing;
 
-/// The protocol's name in the TLS handshake. A connection that negotiated anything else is none.
+/// The protocol's name in the TLS handshake. A connection that negotiated neither this nor
+/// [`SHARED_ALPN`] is none.
 pub const ALPN: &[u8] = b"nodemesh/1";
+/// The name of the protocol in which connections share a tunnel.
+pub const SHARED_ALPN: &[u8] = b"nodemesh/2";
 
 #[cfg(test)]
 pub(crate) mod tests;

@@ -19,7 +19,7 @@ use super::{
 const BATCH: usize = 4;
 /// Bytes that are read at once, with the headers of their frames: no more than a segment of the
 /// loopback interface (MTU 65536) has room for, lest each is followed by another of a few bytes.
-const AT_ONCE: usize = (1 << 16) - 128;
+pub(super) const AT_ONCE: usize = (1 << 16) - 128;
 // A preface (OPEN or STATUS) goes before the frames of a batch, and a FIN or RESET after them.
 const _: () = assert!(AT_ONCE <= BATCH * MAX_FRAME);
 const _: () = assert!(AT_ONCE + 2 * MAX_CONTROL <= buffer::CAPACITY);

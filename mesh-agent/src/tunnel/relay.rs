@@ -105,6 +105,12 @@ pub struct Traffic {
     pub(super) from_server: AtomicU64,
 }
 
+impl AsRef<Self> for Traffic {
+    fn as_ref(&self) -> &Self {
+        self
+    }
+}
+
 impl Traffic {
     /// Bytes that the client's application has sent, as far as this agent has taken them.
     pub fn from_client(&self) -> u64 {

@@ -6,3 +6,4 @@ mod corpus;
 mod hostile;
 pub(crate) mod lab;
 mod plain;
+mod shared;

@@ -26,6 +26,8 @@ fn any_frame() -> impl Strategy<Value = Frame> {
         Just(Frame::Fin),
         Just(Frame::Reset),
         Just(Frame::GoAway),
+        (1..=u32::MAX).prop_map(Frame::Credit),
+        Just(Frame::Blocked),
     ]
 }
 
@@ -39,6 +41,49 @@ proptest! {
         }
         let stream = [bytes.as_slice(), &behind].concat();
         prop_assert_eq!(Frame::parse(&stream), Ok(Some((frame, bytes.len()))));
+    }
+
+    #[test]
+    fn every_frame_of_a_shared_tunnel_is_whose_it_was(
+        frames in proptest::collection::vec((0..NUMBERS, any_frame()), 1..20),
+        cuts in proptest::collection::vec(1_usize..50, 1..20),
+    ) {
+        let mut bytes = Vec::new();
+        for (number, frame) in &frames {
+            bytes.push(*number);
+            frame.encode(&mut bytes);
+            if let Frame::Data(len) = frame {
+                bytes.extend(std::iter::repeat_n(*number, usize::from(*len)));
+            }
+        }
+        let (mut decoder, mut found, mut payload) = (Numbered::default(), Vec::new(), 0);
+        let (mut rest, mut cuts) = (bytes.as_slice(), cuts.iter().cycle());
+        while !rest.is_empty() {
+            let (mut piece, after) = rest.split_at(rest.len().min(*cuts.next().unwrap()));
+            rest = after;
+            while !piece.is_empty() {
+                let (number, decoded) = decoder.decode(piece).unwrap();
+                let used = match decoded {
+                    Decoded::Partial(used) => used,
+                    Decoded::Frame(used, frame) => {
+                        found.push((number, frame));
+                        used
+                    }
+                    Decoded::Payload(some) => {
+                        let taken = some.len().div_ceil(2);
+                        prop_assert!(some.iter().all(|byte| *byte == number));
+                        payload += taken;
+                        decoder.advance(taken);
+                        taken
+                    }
+                };
+                piece = &piece[used..];
+            }
+        }
+        prop_assert!(decoder.at_boundary());
+        let lengths = |(_, frame): &(u8, Frame)| if let Frame::Data(len) = frame { *len } else { 0 };
+        prop_assert_eq!(payload, found.iter().map(|it| usize::from(lengths(it))).sum::<usize>());
+        prop_assert_eq!(found, frames);
     }
 }
 
@@ -110,7 +155,7 @@ fn the_specifications_examples_are_true() {
             kinds.insert(frame.kind());
         }
     }
-    assert_eq!(kinds.into_iter().collect::<Vec<_>>(), [1, 2, 3, 4, 5, 6]);
+    assert_eq!(kinds.into_iter().collect::<Vec<_>>(), [1, 2, 3, 4, 5, 6, 7, 8]);
     for (code, _, words) in Reason::KNOWN {
         assert!(text.contains(&format!("| {code} | {words} |")), "reason {code}: {words}");
     }

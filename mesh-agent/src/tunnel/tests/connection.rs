@@ -19,7 +19,7 @@ use super::{
 };
 
 /// Writes `bytes` in pieces of random sizes, then half-closes.
-async fn write_in_pieces(
+pub(super) async fn write_in_pieces(
     stream: &mut (impl tokio::io::AsyncWrite + Unpin),
     bytes: &[u8],
     mut rng: StdRng,
