@@ -4,7 +4,10 @@ use std::{sync::Arc, time::SystemTime};
 
 use anyhow::{Context as _, Result};
 use mesh_common::ending::Ending;
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    runtime::Handle,
+    sync::{mpsc, watch},
+};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use crate::{
@@ -24,7 +27,7 @@ use crate::{
     stats::Stats,
     sys::socket::netns_cookie_here,
     tls::{self, Encryption},
-    tunnel::{Pool, PoolLimits},
+    tunnel::{Pool, PoolLimits, Sharing, shared::Growth},
 };
 
 /// Idle tunnels of the whole node: two descriptors of a million each.
@@ -98,6 +101,8 @@ pub fn run(config: Config) -> Result<()> {
                 total: IDLE_TUNNELS,
                 idle: config.timeouts.idle_tunnel,
             }),
+            sharing: Sharing::new(Handle::current().metrics().num_workers()),
+            growth: Growth::default(),
             encryption,
             ledger: Ledger::open(&config.runtime_dir).context("opening the runtime directory")?,
             drain: CancellationToken::new(),

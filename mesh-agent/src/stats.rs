@@ -29,7 +29,7 @@ pub use self::{
 use crate::{
     identity::Workload,
     policy::DenyReason,
-    tunnel::{TraceId, Traffic},
+    tunnel::{TraceId, Traffic, shared::Counted},
 };
 
 /// From where a pod's connection comes.
@@ -120,6 +120,12 @@ pub struct Connection {
     kill: CancellationToken,
     /// Why it may not go on.
     revoked: OnceLock<String>,
+}
+
+impl AsRef<Traffic> for Connection {
+    fn as_ref(&self) -> &Traffic {
+        &self.traffic
+    }
 }
 
 /// The connections of one direction and kind. Only `open` ever falls.
@@ -372,6 +378,11 @@ impl ConnectionGuard {
     /// Where to count the connection's bytes.
     pub fn traffic(&self) -> &Traffic {
         &self.connection.traffic
+    }
+
+    /// The same, for whoever carries it elsewhere.
+    pub fn counted(&self) -> Counted {
+        Arc::clone(&self.connection) as Counted
     }
 
     /// Who talks to whom.

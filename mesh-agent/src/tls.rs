@@ -83,12 +83,30 @@ pub async fn accept(
     encrypted(session, encryption, tcp).await
 }
 
-/// The certificates that the peer has shown, the leaf first.
-pub fn peer_certificates(stream: &Stream) -> &[CertificateDer<'static>] {
+/// The other end of a tunnel.
+#[derive(Default)]
+struct Peer {
+    /// The leaf first.
+    certificates: Arc<[CertificateDer<'static>]>,
+    /// It has agreed to share the tunnel.
+    shares: bool,
+}
+
+fn peer(stream: &Stream) -> &Peer {
     match stream {
-        Either::Left(stream) => stream.peer_certificates(),
-        Either::Right(stream) => stream.peer_certificates(),
+        Either::Left(stream) => stream.peer(),
+        Either::Right(stream) => stream.peer(),
     }
+}
+
+/// The certificates that the peer has shown, the leaf first.
+pub fn peer_certificates(stream: &Stream) -> &Arc<[CertificateDer<'static>]> {
+    &peer(stream).certificates
+}
+
+/// Whether both ends have agreed that connections share the tunnel.
+pub fn is_shared(stream: &Stream) -> bool {
+    peer(stream).shares
 }
 
 /// Whether a tunnel should not carry another connection because its key has served for long. This

@@ -48,7 +48,7 @@ pub use self::{
     registry::{RegistryError, Settings, Snapshot, Workload},
     services::{Endpoint, Found, Readiness, ServicePort, Services, ServicesError},
     status::{Connection, Counters, NodeCertificate, Problem, Status},
-    svid::{ALPN, Svid},
+    svid::Svid,
 };
 use crate::stats::Reports;
 

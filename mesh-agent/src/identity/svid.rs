@@ -26,9 +26,7 @@ use super::{
     registry::{Snapshot, Workload},
     schedule::Service,
 };
-
-/// The protocol that the TLS configurations here negotiate.
-pub const ALPN: &[u8] = b"nodemesh/1";
+use crate::tunnel::{ALPN, SHARED_ALPN};
 
 /// Why a pod's new certificate is not put to use.
 #[derive(Debug, thiserror::Error)]
@@ -145,7 +143,9 @@ pub struct Svid {
     /// For dialling other pods, ALPN [`ALPN`]. Whom one has reached is for the caller to compare
     /// with the registry.
     pub client: Arc<ClientConfig>,
-    /// For accepting other pods, ALPN [`ALPN`]. The client must show a certificate; whether that
+    /// The same for a tunnel to be shared, ALPN [`SHARED_ALPN`] or, if the peer is older, [`ALPN`].
+    pub sharing_client: Arc<ClientConfig>,
+    /// For accepting other pods, either way. The client must show a certificate; whether that
     /// client may connect is for the caller to decide.
     pub server: Arc<ServerConfig>,
     /// The roots that both configurations trust.
@@ -177,12 +177,17 @@ impl Svid {
         // For whoever encrypts after the handshake: see `tls`.
         client.enable_secret_extraction = true;
         server.enable_secret_extraction = true;
+        let mut sharing_client = client.clone();
+        for alpn in [&mut sharing_client.alpn_protocols, &mut server.alpn_protocols] {
+            alpn.insert(0, SHARED_ALPN.to_vec());
+        }
         Ok(Self {
             id,
             pod,
             issued,
             next_rotation,
             client: Arc::new(client),
+            sharing_client: Arc::new(sharing_client),
             server: Arc::new(server),
             leaf,
             bundle,

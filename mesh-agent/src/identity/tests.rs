@@ -149,7 +149,7 @@ async fn two_pods_prove_themselves_to_each_other() {
     let leaf = |chain: Option<&[_]>| Leaf::parse(&chain.unwrap()[0]).unwrap();
     assert_eq!(leaf(dialled.peer_certificates()), server.leaf);
     assert_eq!(leaf(accepted.peer_certificates()), client.leaf);
-    assert_eq!(dialled.alpn_protocol(), Some(ALPN));
+    assert_eq!(dialled.alpn_protocol(), Some(crate::tunnel::ALPN));
 
     let key_file = fs::metadata(bench.svid_file(UID)).unwrap();
     assert_eq!(key_file.mode() & 0o777, 0o600);

@@ -297,11 +297,13 @@ fn tasks(
     inbound: TcpListener,
 ) -> Vec<AbortOnDropHandle<()>> {
     let mut svid = proxy.svid.clone();
-    let (pool, uid) = (keeper.node.pool.clone(), Arc::clone(&proxy.uid));
+    let (node, uid) = (Arc::clone(&keeper.node), Arc::clone(&proxy.uid));
     let purge = async move {
         while svid.changed().await.is_ok() {
             let generation = svid.borrow_and_update().as_ref().map(|svid| svid.generation);
-            pool.purge(|key, proof| key.client == uid && Some(proof.certificate) != generation);
+            node.end_tunnels(|key, proof| {
+                key.client == uid && Some(proof.certificate) != generation
+            });
         }
     };
     vec![
@@ -455,6 +457,8 @@ impl Node {
             stats: self.stats.pod(uid),
             warned: Mutex::new(None),
             pool: self.pool.clone(),
+            sharing: self.sharing.clone(),
+            growth: self.growth.clone(),
             leaving: Admission::new(turns),
             arriving: Admission::new(turns),
             accepted: 2 * self.config.limits.connections_per_pod.get() as usize,

@@ -37,8 +37,9 @@ use crate::{
     stats::{Report, Stats},
     tls::{Encryption, Stream},
     tunnel::{
-        Pool,
+        Pool, Sharing,
         pool::{Key, Proof},
+        shared::Growth,
     },
 };
 
@@ -71,6 +72,10 @@ pub struct Node {
     pub stats: Arc<Stats>,
     /// Idle tunnels.
     pub pool: Pool<Stream>,
+    /// Those that connections share.
+    pub sharing: Sharing,
+    /// How much more of shared tunnels may be under way.
+    pub growth: Growth,
     /// Who encrypts what tunnels carry.
     pub encryption: Encryption,
     /// What is enrolled, on file.
@@ -146,7 +151,7 @@ impl Manager {
         end: CancellationToken,
     ) -> Result<()> {
         let registry =
-            tokio::spawn(purge_pool(self.node.identity.snapshots(), self.node.pool.clone()));
+            tokio::spawn(end_tunnels(self.node.identity.snapshots(), Arc::clone(&self.node)));
         let settings = tokio::spawn(check_settings(self.view(), Arc::clone(&self.written)));
         let mut sweep = tokio::time::interval(SWEEP_INTERVAL);
         let result = loop {
@@ -453,11 +458,19 @@ fn unless_gone(done: io::Result<()>) -> io::Result<()> {
     })
 }
 
-/// Drops idle tunnels whose ends are no longer registered as they were.
-async fn purge_pool(mut snapshots: watch::Receiver<Arc<Snapshot>>, pool: Pool<Stream>) {
+impl Node {
+    /// Ends the tunnels for which `gone` is true: at once, or after the connections they carry.
+    pub(super) fn end_tunnels(&self, gone: impl Fn(&Key, Proof) -> bool) {
+        self.pool.purge(&gone);
+        self.sharing.retire(&gone);
+    }
+}
+
+/// Ends tunnels whose ends are no longer registered as they were.
+async fn end_tunnels(mut snapshots: watch::Receiver<Arc<Snapshot>>, node: Arc<Node>) {
     while snapshots.changed().await.is_ok() {
         let snapshot = Arc::clone(&snapshots.borrow_and_update());
-        pool.purge(|key: &Key, proof: Proof| {
+        node.end_tunnels(|key, proof| {
             let ends = snapshot.by_uid(&key.client).zip(snapshot.by_address(key.destination.ip()));
             ends.is_none_or(|(own, server)| registration([own, server]) != proof.registration)
         });

@@ -4,14 +4,16 @@
 use std::{
     io,
     net::{IpAddr, SocketAddr},
+    pin::pin,
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use mesh_common::svid::{Leaf, PodRef};
+use rustls::pki_types::CertificateDer;
 use tokio::{
     net::TcpStream,
-    time::{Instant, sleep_until, timeout},
+    time::{sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -19,11 +21,12 @@ use super::{PodProxy, arrival, outbound::patient, peer, peer::Failed, reset, reu
 use crate::{
     identity::{Svid, Workload},
     policy::{DenyReason, Verdict},
-    stats::{Direction, HandshakeFailure, Kind, Parties, Party},
-    tls::{Stream, accept, is_worn, peer_certificates},
+    stats::{ConnectionGuard, Direction, HandshakeFailure, Kind, Parties, Party},
+    tls::{Stream, accept, is_shared, is_worn, peer_certificates},
     tunnel::{
-        AppSocket, Header, Reason, Refusal, Role, relay, relay_plain,
+        AppSocket, Header, Reason, Refusal, Role, Shared, relay, relay_plain,
         server::{self, TunnelError},
+        shared::{Event, Ticket},
     },
 };
 
@@ -38,7 +41,7 @@ const TLS_HANDSHAKE: u8 = 22;
 const FAREWELL: Duration = Duration::from_secs(5);
 
 pub(super) async fn connection(
-    pod: &PodProxy,
+    pod: &Arc<PodProxy>,
     stream: TcpStream,
     client: SocketAddr,
     destination: SocketAddr,
@@ -61,8 +64,11 @@ pub(super) async fn connection(
         }
         Verdict::Deny(_) | Verdict::Mesh(_) => {
             // Apart: its state is larger than all that a tunnel needs afterwards.
-            match Box::pin(handshake(pod, stream, source, kill)).await {
-                Ok(mut tunnel) => tunnel.serve(client, destination).await,
+            match Box::pin(handshake(pod, stream, client, destination)).await {
+                Ok((stream, origin)) if is_shared(&stream) => {
+                    shared(stream, Arc::new(origin), kill).await;
+                }
+                Ok((stream, origin)) => Tunnel { stream, origin, kill }.serve().await,
                 Err(failed) => {
                     pod.no_tunnel(Direction::Inbound, client, &failed);
                     if failed.kind == HandshakeFailure::Protocol {
@@ -98,25 +104,34 @@ async fn plaintext(pod: &PodProxy, stream: TcpStream, parties: Parties, kill: &C
     }
 }
 
-/// A tunnel from a client that has proven who it is.
-struct Tunnel<'a> {
-    pod: &'a PodProxy,
-    stream: Stream,
+/// Where a tunnel comes from and goes to, and who is at its ends.
+struct Origin {
+    pod: Arc<PodProxy>,
+    peer: SocketAddr,
+    destination: SocketAddr,
     client: Leaf,
+    /// What the client has shown.
+    chain: Arc<[CertificateDer<'static>]>,
     /// The certificate that this pod has shown.
     svid: Arc<Svid>,
+}
+
+/// A tunnel from a client that has proven who it is, for one connection at a time.
+struct Tunnel<'a> {
+    stream: Stream,
+    origin: Origin,
     /// Ends the tunnel.
     kill: &'a CancellationToken,
 }
 
 /// A tunnel whose client has proven who it is within `timeouts.handshake`.
-async fn handshake<'a>(
-    pod: &'a PodProxy,
+async fn handshake(
+    pod: &Arc<PodProxy>,
     stream: TcpStream,
-    source: IpAddr,
-    kill: &'a CancellationToken,
-) -> Result<Tunnel<'a>, Failed> {
-    let place = pod.arriving.enter(source);
+    peer: SocketAddr,
+    destination: SocketAddr,
+) -> Result<(Stream, Origin), Failed> {
+    let place = pod.arriving.enter(peer.ip());
     if place.is_crowded() {
         reset(&stream);
         let detail = "the peer has too many unfinished handshakes";
@@ -136,7 +151,8 @@ async fn handshake<'a>(
         let stream = stream.map_err(|error| Failed::tls(&error))?;
         let client = peer::leaf(&stream)?;
         pod.stats.handshake(Direction::Inbound);
-        Ok(Tunnel { pod, stream, client, svid, kill })
+        let (pod, chain) = (Arc::clone(pod), Arc::clone(peer_certificates(&stream)));
+        Ok((stream, Origin { pod, peer, destination, client, chain, svid }))
     };
     timeout(pod.timeouts.handshake, proven).await.map_err(late)?
 }
@@ -159,84 +175,154 @@ async fn greeting(stream: &TcpStream) -> Result<(), Failed> {
 impl Tunnel<'_> {
     /// Serves one connection after the other. The first may be long in coming: the client may have
     /// made the tunnel in advance.
-    async fn serve(&mut self, peer: SocketAddr, destination: SocketAddr) {
+    async fn serve(&mut self) {
         while !is_worn(&self.stream) {
-            let lapse = lapse(self.pod, &self.svid, &self.client);
             let opened = tokio::select! {
                 biased;
                 opened = server::next_open(&mut self.stream) => opened,
-                () = lapse => break,
+                () = self.origin.lapse() => break,
+                () = self.origin.forgotten() => break,
             };
-            let Some(header) = self.opened(opened, peer) else { return };
-            if !self.carry(header, peer, destination).await {
+            let Some(header) = self.opened(opened) else { return };
+            if !self.carry(header).await {
                 return;
             }
         }
         // Told once that none should come, the client may have asked for one more by then.
         if server::go_away(&mut self.stream).await.is_ok()
             && let Ok(opened) = timeout(FAREWELL, server::next_open(&mut self.stream)).await
-            && let Some(header) = self.opened(opened, peer)
+            && let Some(header) = self.opened(opened)
         {
-            self.carry(header, peer, destination).await;
+            self.carry(header).await;
         }
     }
 
-    fn opened(
-        &self,
-        opened: Result<Option<Header>, TunnelError>,
-        peer: SocketAddr,
-    ) -> Option<Header> {
+    fn opened(&self, opened: Result<Option<Header>, TunnelError>) -> Option<Header> {
         opened.unwrap_or_else(|error| {
-            tracing::debug!(pod = %self.pod.uid, %peer, "a tunnel ended: {error}");
+            self.origin.ended(&error);
             None
         })
     }
 
     /// Carries one connection; false if the tunnel is done for.
-    async fn carry(&mut self, header: Header, peer: SocketAddr, destination: SocketAddr) -> bool {
-        if let Some(PodRef { uid, .. }) = &self.client.pod {
-            arrival::of_peer(&self.pod.registry, uid, peer.ip()).await;
-        }
-        let parties = match self.admit(header, peer, destination) {
-            Ok(parties) => parties,
-            Err(refusal) => {
-                tracing::debug!(%peer, %destination, %refusal, "refused a connection");
-                return server::refuse(&mut self.stream, refusal).await;
-            }
-        };
-        let Ok(guard) = self.pod.stats.open(parties, Kind::Mtls, self.kill) else {
-            let refusal = Refusal::new(Reason::Overloaded, "too many connections of this pod");
-            return server::refuse(&mut self.stream, refusal).await;
-        };
-        let dial = self.pod.sockets.dial_application(peer.ip(), destination);
-        match patient(self.pod.timeouts.dial, dial).await {
-            Ok(app) => {
+    async fn carry(&mut self, header: Header) -> bool {
+        match self.origin.connect(header, self.kill).await {
+            Ok((app, guard)) => {
                 let outcome = relay(app, &mut self.stream, Role::Server, guard.traffic()).await;
                 guard.finish(outcome.end);
                 outcome.reusable
             }
+            Err(refusal) => server::refuse(&mut self.stream, refusal).await,
+        }
+    }
+}
+
+/// Serves a tunnel that connections share.
+async fn shared(stream: Stream, origin: Arc<Origin>, kill: &CancellationToken) {
+    let pod = &origin.pod;
+    let mut shared = Shared::server(stream, pod.growth.clone());
+    let mut lapse = pin!(origin.lapse());
+    let mut going = false;
+    loop {
+        let idle = shared.is_idle();
+        let forgotten =
+            async { if going { sleep(FAREWELL).await } else { origin.forgotten().await } };
+        tokio::select! {
+            biased;
+            event = shared.next() => match event {
+                Ok(Event::Asked(header, ticket)) => {
+                    let (origin, kill) = (Arc::clone(&origin), kill.child_token());
+                    pod.tasks.spawn(async move {
+                        tokio::select! {
+                            biased;
+                            () = kill.cancelled() => {}
+                            () = origin.carry(header, ticket, &kill) => {}
+                        }
+                    });
+                }
+                Ok(Event::Idle) => {}
+                Ok(Event::Closed) => return,
+                Ok(Event::GoingAway) => unreachable!("a client does not say so"),
+                Err(error) => return origin.ended(&error),
+            },
+            () = &mut lapse, if !going => {
+                shared.go_away();
+                going = true;
+            }
+            () = forgotten, if idle => {
+                if going {
+                    return;
+                }
+                shared.go_away();
+                going = true;
+            }
+        }
+        if is_worn(shared.tunnel()) && !going {
+            shared.go_away();
+            going = true;
+        }
+    }
+}
+
+impl Origin {
+    fn ended(&self, error: &TunnelError) {
+        let Self { pod, peer, .. } = self;
+        tracing::debug!(pod = %pod.uid, %peer, "a tunnel ended: {error}");
+    }
+
+    /// Carries one connection of a tunnel that it shares with others.
+    async fn carry(&self, header: Header, ticket: Ticket, kill: &CancellationToken) {
+        let connected = if self.pod.tasks.len() > self.pod.accepted {
+            Err(Refusal::new(Reason::Overloaded, "too many connections of this pod"))
+        } else {
+            self.connect(header, kill).await
+        };
+        match connected {
+            Ok((app, guard)) => {
+                let outcome = ticket.accept(app, guard.counted()).await;
+                guard.finish(outcome.end);
+            }
+            Err(refusal) => ticket.refuse(refusal),
+        }
+    }
+
+    /// Connects to the application, if the connection is allowed.
+    async fn connect(
+        &self,
+        header: Header,
+        kill: &CancellationToken,
+    ) -> Result<(AppSocket, ConnectionGuard), Refusal> {
+        let Self { pod, peer, destination, .. } = self;
+        if let Some(PodRef { uid, .. }) = &self.client.pod {
+            arrival::of_peer(&pod.registry, uid, peer.ip()).await;
+        }
+        let parties = self.admit(header).inspect_err(|refusal| {
+            tracing::debug!(%peer, %destination, %refusal, "refused a connection");
+        })?;
+        let guard = pod
+            .stats
+            .open(parties, Kind::Mtls, kill)
+            .map_err(|_| Refusal::new(Reason::Overloaded, "too many connections of this pod"))?;
+        let dial = pod.sockets.dial_application(peer.ip(), *destination);
+        match patient(pod.timeouts.dial, dial).await {
+            Ok(app) => Ok((app, guard)),
             Err(error) => {
                 let refusal = dial_refusal(&error);
                 guard.finish(&refusal);
-                server::refuse(&mut self.stream, refusal).await
+                Err(refusal)
             }
         }
     }
 
     /// Decides about a connection.
-    fn admit(
-        &self,
-        header: Header,
-        peer: SocketAddr,
-        destination: SocketAddr,
-    ) -> Result<Parties, Refusal> {
-        let Self { pod, client, .. } = self;
+    fn admit(&self, header: Header) -> Result<Parties, Refusal> {
+        let Self { pod, peer, destination, client, .. } = self;
         self.check_proof().map_err(|why| Refusal::new(Reason::Denied, &why))?;
         let registry = pod.registry();
         let parties = |workload: Option<Arc<Workload>>| Parties {
             direction: Direction::Inbound,
             client: Party { address: header.source(), workload },
-            server: Party { address: destination, workload: registry.by_uid(&pod.uid).cloned() },
+            server: Party { address: *destination, workload: registry.by_uid(&pod.uid).cloned() },
             endpoint: None,
             trace: Some(header.trace()),
         };
@@ -257,7 +343,7 @@ impl Tunnel<'_> {
 
     /// Whether what both sides have proven in the handshake still holds.
     fn check_proof(&self) -> Result<(), String> {
-        let Self { pod, stream, client, svid, .. } = self;
+        let Self { pod, chain, client, svid, .. } = self;
         let now = SystemTime::now();
         if now >= client.not_after.min(svid.leaf.not_after) {
             return Err("a certificate of this tunnel has expired".to_owned());
@@ -266,24 +352,29 @@ impl Tunnel<'_> {
         if Arc::ptr_eq(&current.bundle, &svid.bundle) {
             return Ok(());
         }
-        current.trusts(peer_certificates(stream), now).map(drop).map_err(|error| error.to_string())
+        current.trusts(chain, now).map(drop).map_err(|error| error.to_string())
     }
-}
 
-/// Returns when a tunnel should serve no further connection: what it rests on is no longer in
-/// force, or the client has forgotten it.
-async fn lapse(pod: &PodProxy, shown: &Svid, client: &Leaf) {
-    let mut svid = pod.svid.clone();
-    let replaced = svid.wait_for(|current| {
-        current.as_ref().is_none_or(|current| current.generation != shown.generation)
-    });
-    let now = SystemTime::now();
-    let valid = reusable_until([client, &shown.leaf]).duration_since(now).unwrap_or_default();
-    let idle = pod.timeouts.idle_tunnel.saturating_mul(IDLE_FACTOR);
-    tokio::select! {
-        _ = replaced => {}
-        () = sleep_until(Instant::now() + valid.min(idle)) => {}
-        () = pod.drain.cancelled() => {}
+    /// Returns when a tunnel should serve no further connection: what it rests on is no longer in
+    /// force, or the agent drains.
+    async fn lapse(&self) {
+        let Self { pod, svid: shown, client, .. } = self;
+        let mut svid = pod.svid.clone();
+        let replaced = svid.wait_for(|current| {
+            current.as_ref().is_none_or(|current| current.generation != shown.generation)
+        });
+        let now = SystemTime::now();
+        let valid = reusable_until([client, &shown.leaf]).duration_since(now).unwrap_or_default();
+        tokio::select! {
+            _ = replaced => {}
+            () = sleep(valid) => {}
+            () = pod.drain.cancelled() => {}
+        }
+    }
+
+    /// Returns when the client of an idle tunnel must have forgotten it.
+    async fn forgotten(&self) {
+        sleep(self.pod.timeouts.idle_tunnel.saturating_mul(IDLE_FACTOR)).await;
     }
 }
 

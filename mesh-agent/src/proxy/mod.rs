@@ -10,6 +10,7 @@ mod neighbour;
 mod outbound;
 mod peer;
 mod route;
+mod shared;
 mod warm;
 
 use std::{
@@ -40,7 +41,7 @@ use crate::{
     policy::{Open, Policy},
     stats::{Connection, Direction, HandshakeFailure, Kind, Parties, PodStats},
     tls::{Encryption, Stream},
-    tunnel::{AppSocket, Pool},
+    tunnel::{AppSocket, Pool, Sharing, shared::Growth},
 };
 
 /// How long to wait before the next try when the agent is out of file descriptors or memory.
@@ -84,6 +85,10 @@ pub struct PodProxy {
     pub warned: Mutex<Option<Instant>>,
     /// The node's idle tunnels.
     pub pool: Pool<Stream>,
+    /// Those that connections share.
+    pub sharing: Sharing,
+    /// How much more of shared tunnels may be under way.
+    pub growth: Growth,
     /// Who encrypts what tunnels carry.
     pub encryption: Encryption,
     /// Bounds what the pod has under way to peers that have not proven yet who they are.

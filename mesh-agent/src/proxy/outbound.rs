@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rustls::pki_types::ServerName;
+use rustls::{ClientConfig, pki_types::ServerName};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
@@ -18,21 +18,23 @@ use super::{
     peer::Failed,
     registration, reusable_until,
     route::{Denied, Route, Way},
+    shared,
 };
 use crate::{
     bpf::Tag,
     identity::{Svid, Workload},
-    stats::{Direction, HandshakeFailure, Parties, Party},
+    stats::{ConnectionGuard, Direction, HandshakeFailure, Parties, Party},
     tls::{Stream, connect, is_worn},
     tunnel::{
-        AppSocket, End, Header, Reason, Role, TraceId, Traffic,
+        AppSocket, End, Header, Outcome, Reason, Role, TraceId, Traffic,
         pool::{Key, Proof, Tunnel},
         relay, relay_plain,
+        sharing::Place,
     },
 };
 
 pub(super) async fn connection(
-    pod: &PodProxy,
+    pod: &Arc<PodProxy>,
     mut app: AppSocket,
     client: SocketAddr,
     destination: SocketAddr,
@@ -78,7 +80,7 @@ pub(super) async fn connection(
                     Role::Client(header)
                 };
                 let mesh = Mesh { pod, client: client.ip(), address: hop.address, own, server };
-                mesh.carry(app, role, guard.traffic()).await
+                mesh.carry(app, role, &guard).await
             }
         };
         let next = untouched.and_then(|app| Some((app, route.next(&hop)?)));
@@ -127,54 +129,74 @@ async fn plaintext(
 
 /// A connection to another pod of the mesh.
 pub(super) struct Mesh<'a> {
-    pub(super) pod: &'a PodProxy,
+    pub(super) pod: &'a Arc<PodProxy>,
     /// The address that the application has.
     pub(super) client: IpAddr,
     /// What is dialled.
     pub(super) address: SocketAddr,
-    pub(super) own: &'a Workload,
-    pub(super) server: &'a Workload,
+    pub(super) own: &'a Arc<Workload>,
+    pub(super) server: &'a Arc<Workload>,
 }
 
 impl Mesh<'_> {
-    async fn carry(&self, mut app: AppSocket, role: Role, traffic: &Traffic) -> Ended {
+    async fn carry(&self, mut app: AppSocket, role: Role, guard: &ConnectionGuard) -> Ended {
         loop {
-            let (mut tunnel, pooled) = match self.tunnel().await {
-                Ok(found) => found,
-                Err(failed) => {
-                    self.pod.no_tunnel(Direction::Outbound, self.address, &failed);
-                    return Ended::unproven(&failed, app);
-                }
-            };
-            let outcome = relay(app, &mut tunnel.stream, role, traffic).await;
-            if outcome.reusable && !is_worn(&tunnel.stream) {
-                self.pod.pool.put(tunnel);
-            }
-            match outcome.untouched {
-                // The server closed the tunnel while it was idle, and we had not noticed yet.
-                Some(untouched) if pooled && matches!(outcome.end, End::TunnelLost(_)) => {
+            match self.attempt(app, role, guard).await {
+                // It was dead, and we had not noticed yet.
+                Ok((Outcome { end: End::TunnelLost(_), untouched: Some(untouched), .. }, true)) => {
                     app = untouched;
                 }
-                untouched => {
-                    let untouched = untouched.filter(|_| may_try_elsewhere(&outcome.end));
-                    return Ended { why: outcome.end.to_string(), untouched };
+                Ok((Outcome { end, untouched, .. }, _)) => {
+                    let untouched = untouched.filter(|_| may_try_elsewhere(&end));
+                    return Ended { why: end.to_string(), untouched };
+                }
+                Err((failed, app)) => {
+                    self.pod.no_tunnel(Direction::Outbound, self.address, &failed);
+                    return Ended::unproven(&failed, app);
                 }
             }
         }
     }
 
-    /// A tunnel that is ready for a connection, and whether it has carried others.
-    async fn tunnel(&self) -> Result<(Tunnel<Stream>, bool), Failed> {
-        let svid = self.pod.svid().await.ok_or_else(|| {
+    /// Carries a connection through one tunnel. Also says whether another may do better, if that one
+    /// was lost.
+    async fn attempt(
+        &self,
+        app: AppSocket,
+        role: Role,
+        guard: &ConnectionGuard,
+    ) -> Result<(Outcome, bool), (Failed, AppSocket)> {
+        let pod = self.pod;
+        let Some(svid) = pod.svid().await else {
             let detail = "the control plane has issued none, or it has expired";
-            Failed::new(HandshakeFailure::NoCertificate, detail)
-        })?;
+            return Err((Failed::new(HandshakeFailure::NoCertificate, detail), app));
+        };
         let (key, proof) = self.terms(&svid);
-        match self.pod.pool.take(&key, proof) {
-            Some(pooled) => Ok((pooled, true)),
-            // Apart: its state is larger than all that a connection needs afterwards.
-            None => Ok((Box::pin(self.handshake(&svid, key, proof)).await?, false)),
-        }
+        let (port, seat) = match pod.sharing.place(&key, proof) {
+            Place::Alone(_seat) => {
+                let (mut tunnel, pooled) = match pod.pool.take(&key, proof) {
+                    Some(pooled) => (pooled, true),
+                    // Apart: its state is larger than all that a connection needs afterwards.
+                    None => match Box::pin(self.handshake(&svid, key, proof, &svid.client)).await {
+                        Ok(tunnel) => (tunnel, false),
+                        Err(failed) => return Err((failed, app)),
+                    },
+                };
+                let outcome = relay(app, &mut tunnel.stream, role, guard.traffic()).await;
+                if outcome.reusable && !is_worn(&tunnel.stream) {
+                    pod.pool.put(tunnel);
+                }
+                return Ok((outcome, pooled));
+            }
+            Place::Shared(port, seat) => (port, seat),
+            Place::New(port, seat, commands, made) => {
+                shared::spawn(self, svid, (key, proof), commands, made);
+                (port, seat)
+            }
+        };
+        let outcome = port.carry(app, role, guard.counted()).await;
+        let lost = matches!(outcome.end, End::TunnelLost(_)) && outcome.untouched.is_some();
+        Ok((outcome, lost && seat.try_again()))
     }
 
     /// What a tunnel connects, and what it has to be authenticated under.
@@ -185,7 +207,7 @@ impl Mesh<'_> {
             certificate: svid.generation,
             // A change of the bundle makes another generation.
             bundle: 0,
-            registration: registration([own, server]),
+            registration: registration([&**own, &**server]),
         };
         (key, proof)
     }
@@ -195,6 +217,7 @@ impl Mesh<'_> {
         svid: &Svid,
         key: Key,
         proof: Proof,
+        config: &Arc<ClientConfig>,
     ) -> Result<Tunnel<Stream>, Failed> {
         let Self { pod, client, address, server, .. } = self;
         let place = pod.leaving.enter(address.ip());
@@ -213,7 +236,7 @@ impl Mesh<'_> {
         // Not before, or peers that nobody answers for would take every turn.
         let _turn = place.turn().await.map_err(closed)?;
         let name = ServerName::IpAddress(address.ip().into());
-        let connect = connect(&svid.client, pod.encryption, name, tcp);
+        let connect = connect(config, pod.encryption, name, tcp);
         let stream = patient(pod.timeouts.handshake, connect).await.map_err(|e| Failed::tls(&e))?;
         let leaf = peer::leaf(&stream)?;
         peer::check(&leaf, server)?;

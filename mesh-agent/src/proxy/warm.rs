@@ -123,7 +123,7 @@ impl PodProxy {
         }
     }
 
-    async fn warm_up(&self, failed: &mut HashSet<(Key, Proof)>) {
+    async fn warm_up(self: &Arc<Self>, failed: &mut HashSet<(Key, Proof)>) {
         let Some(svid) = self.svid.borrow().clone() else { return };
         let registry = self.registry();
         let Some(own) = registry.by_uid(&self.uid) else { return };
@@ -139,7 +139,7 @@ impl PodProxy {
                 if failed.contains(&(key.clone(), proof)) {
                     failing.insert((key, proof));
                 } else if !self.pool.has(&key, proof) {
-                    match mesh.handshake(&svid, key.clone(), proof).await {
+                    match mesh.handshake(&svid, key.clone(), proof, &svid.client).await {
                         Ok(tunnel) => self.pool.put(tunnel),
                         Err(why) => {
                             let pod = &self.uid;

@@ -5,14 +5,14 @@ use std::io;
 use rustls::{
     CommonState, Error as TlsError, ExtractedSecrets, SupportedCipherSuite,
     client::{ClientConnectionData, UnbufferedClientConnection},
-    pki_types::CertificateDer,
     server::{ServerConnectionData, UnbufferedServerConnection},
     unbuffered::{ConnectionState, EncodeError, EncodeTlsData, UnbufferedStatus},
 };
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 
+use super::Peer;
 use super::{HEADER, invalid, records::Renewal};
-use crate::tunnel::ALPN;
+use crate::tunnel::{ALPN, SHARED_ALPN};
 
 /// What a handshake has brought.
 pub(super) struct Established {
@@ -22,8 +22,8 @@ pub(super) struct Established {
     pub(super) secrets: ExtractedSecrets,
     /// Where the next ones come from.
     pub(super) renewal: Box<dyn Renewal>,
-    /// The peer's certificates, the leaf first.
-    pub(super) peer: Vec<CertificateDer<'static>>,
+    /// Whose they are.
+    pub(super) peer: Peer,
 }
 
 /// Either side of a handshake.
@@ -83,11 +83,14 @@ pub(super) async fn establish<S: Session>(
 ) -> io::Result<Established> {
     shake_hands(&mut session, tcp).await?;
     let agreed = session.agreed();
-    if agreed.alpn_protocol() != Some(ALPN) {
-        return Err(invalid(TlsError::NoApplicationProtocol));
-    }
+    let shares = match agreed.alpn_protocol() {
+        Some(ALPN) => false,
+        Some(SHARED_ALPN) => true,
+        Some(_) | None => return Err(invalid(TlsError::NoApplicationProtocol)),
+    };
     let suite = agreed.negotiated_cipher_suite().ok_or(TlsError::HandshakeNotComplete);
-    let peer = agreed.peer_certificates().unwrap_or_default().to_vec();
+    let certificates = agreed.peer_certificates().unwrap_or_default().into();
+    let peer = Peer { certificates, shares };
     let (secrets, renewal) = session.into_keys().map_err(invalid)?;
     Ok(Established { suite: suite.map_err(invalid)?, secrets, renewal, peer })
 }

@@ -22,7 +22,6 @@ use nix::{
 use rustls::{
     AlertDescription, CipherSuite, ConnectionTrafficSecrets, Error as TlsError, ExtractedSecrets,
     crypto::cipher::{AeadKey, Iv},
-    pki_types::CertificateDer,
 };
 use tokio::{
     io::{AsyncBufRead, AsyncRead, AsyncWrite, Interest, ReadBuf},
@@ -30,7 +29,7 @@ use tokio::{
 };
 use zeroize::Zeroize as _;
 
-use super::{ALERT_CLOSE_NOTIFY, MAX_TEXT, poll_read_buffered};
+use super::{ALERT_CLOSE_NOTIFY, MAX_TEXT, Peer, poll_read_buffered};
 use crate::{
     sys::tls::{expect_no_padding, send_record},
     tunnel::buffer::Buffer,
@@ -100,7 +99,7 @@ fn meaningless(suite: CipherSuite) -> ConnectionTrafficSecrets {
 /// A TLS 1.3 connection whose keys the kernel has, both ways: what is written is encrypted.
 pub struct KernelTls {
     socket: TcpStream,
-    peer: Vec<CertificateDer<'static>>,
+    peer: Peer,
     /// What was received and not taken.
     buffer: Buffer,
     /// The peer has said close_notify.
@@ -119,15 +118,15 @@ impl KernelTls {
     pub(super) fn new(
         socket: TcpStream,
         secrets: ExtractedSecrets,
-        peer: Vec<CertificateDer<'static>>,
+        peer: Peer,
     ) -> io::Result<Self> {
         enable(&socket)?;
         hand_over(&socket, secrets)?;
         Ok(Self { socket, peer, buffer: Buffer::default(), closed: false, blocks: 0 })
     }
 
-    /// The peer's certificates, the leaf first.
-    pub(super) fn peer_certificates(&self) -> &[CertificateDer<'static>] {
+    /// The other end.
+    pub(super) const fn peer(&self) -> &Peer {
         &self.peer
     }
 

@@ -18,12 +18,11 @@ use rustls::{
         AeadKey, InboundOpaqueMessage, Iv, MessageDecrypter, MessageEncrypter, OutboundPlainMessage,
     },
     kernel::KernelConnection,
-    pki_types::CertificateDer,
 };
 use tokio::io::{AsyncBufRead, AsyncRead, AsyncWrite, ReadBuf};
 
 use super::{
-    ALERT_CLOSE_NOTIFY, HEADER, MAX_TEXT, handshake::Established, invalid, poll_read_buffered,
+    ALERT_CLOSE_NOTIFY, HEADER, MAX_TEXT, Peer, handshake::Established, invalid, poll_read_buffered,
 };
 use crate::tunnel::buffer::{Buffer, CAPACITY};
 
@@ -61,7 +60,7 @@ pub struct Records<S> {
     socket: S,
     suite: &'static Tls13CipherSuite,
     renewal: Box<dyn Renewal>,
-    peer: Vec<CertificateDer<'static>>,
+    peer: Peer,
     opener: Opener,
     sealer: Sealer,
     /// Records as they were received. The first has lost its header once it is decrypted.
@@ -112,8 +111,8 @@ impl<S> Records<S> {
         })
     }
 
-    /// The peer's certificates, the leaf first.
-    pub(super) fn peer_certificates(&self) -> &[CertificateDer<'static>] {
+    /// The other end.
+    pub(super) const fn peer(&self) -> &Peer {
         &self.peer
     }
 

@@ -71,7 +71,7 @@ async fn a_socket_that_the_kernel_does_not_take_is_closed_without_a_byte() {
     // The kernel takes established connections only, and there are kernels that take none.
     far.shutdown().await.unwrap();
     near.readable().await.unwrap();
-    let error = KernelTls::new(near, secrets(), Vec::new()).expect_err("it took the keys");
+    let error = KernelTls::new(near, secrets(), Peer::default()).expect_err("it took the keys");
     assert!(!format!("{error:?}").contains("7, 7"), "{error:?}");
     assert_eq!(within("the end", far.read_to_end(&mut Vec::new())).await.unwrap(), 0);
 }
@@ -104,8 +104,8 @@ async fn close_notify_is_an_end_and_anything_else_is_not() {
 async fn half_a_record_is_not_taken_for_a_record() {
     let (client, mut relayed_client) = tcp_pair().await;
     let (mut relayed_server, server) = tcp_pair().await;
-    let mut near = KernelTls::new(client, secrets(), Vec::new()).unwrap();
-    let mut far = KernelTls::new(server, secrets(), Vec::new()).unwrap();
+    let mut near = KernelTls::new(client, secrets(), Peer::default()).unwrap();
+    let mut far = KernelTls::new(server, secrets(), Peer::default()).unwrap();
     say(&mut near, b"whole").await;
     say(&mut near, b"broken").await;
     // Header, the text, its type, the tag.
@@ -123,8 +123,8 @@ async fn half_a_record_is_not_taken_for_a_record() {
 async fn a_forged_record_ends_the_tunnel() {
     let (client, mut relayed_client) = tcp_pair().await;
     let (mut relayed_server, server) = tcp_pair().await;
-    let mut near = KernelTls::new(client, secrets(), Vec::new()).unwrap();
-    let mut far = KernelTls::new(server, secrets(), Vec::new()).unwrap();
+    let mut near = KernelTls::new(client, secrets(), Peer::default()).unwrap();
+    let mut far = KernelTls::new(server, secrets(), Peer::default()).unwrap();
     say(&mut near, b"pay 1").await;
     let mut record = [0; 5 + 5 + 17];
     relayed_client.read_exact(&mut record).await.unwrap();

@@ -42,7 +42,7 @@ fn records<S>(socket: S) -> Records<S> {
         suite: TLS13_AES_256_GCM_SHA384,
         secrets: ExtractedSecrets { tx: secret(0), rx: secret(0) },
         renewal: Box::new(Numbered { sent: 0, received: 0 }),
-        peer: Vec::new(),
+        peer: Peer::default(),
     };
     Records::new(socket, established).unwrap()
 }
@@ -314,5 +314,5 @@ async fn the_peer_shows_its_certificate() {
     let (established, _far) =
         tokio::join!(establish(session.unwrap(), &mut near), TlsAcceptor::from(server).accept(far));
     let near = Records::new(near, established.unwrap()).unwrap();
-    assert_eq!(near.peer_certificates().len(), 1);
+    assert_eq!(near.peer().certificates.len(), 1);
 }
