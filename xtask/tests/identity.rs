@@ -152,6 +152,54 @@ fn deregistered_pods_are_refused() -> Result<()> {
     Ok(())
 }
 
+/// Enough connections of one pair that most of them share tunnels: none notices a rotation, and all
+/// end with the registration.
+#[test]
+fn connections_that_share_tunnels_outlive_certificates_and_not_the_registration() -> Result<()> {
+    const CONNECTIONS: usize = 40;
+    let mut mesh = mesh("connections_that_share_tunnels", 16)?;
+    let (client, server) = (mesh.pod(0, "client")?, mesh.pod(1, "server")?);
+    let _echo = server.echo(PORT)?;
+    let to = server.sockets(PORT)[0];
+    let canary = Canary::random();
+    let wire = mesh.lab.capture()?;
+    let open = || (0..CONNECTIONS).map(|_| client.connect(to)).collect::<std::io::Result<Vec<_>>>();
+    let exchange = |connections: &mut [TcpStream]| -> Result<()> {
+        for connection in &mut *connections {
+            connection.write_all(canary.bytes())?;
+        }
+        for (n, connection) in connections.iter_mut().enumerate() {
+            let mut answer = vec![0; canary.bytes().len()];
+            connection.read_exact(&mut answer).with_context(|| format!("connection {n}"))?;
+            ensure!(answer == canary.bytes(), "connection {n} answers {answer:?}");
+        }
+        Ok(())
+    };
+    let handshakes = |mesh: &Mesh| -> Result<u64> {
+        let status = mesh.status_of(&server)?;
+        let counted = status["handshakes"].as_array().context("no handshakes")?;
+        let ok = counted.iter().filter(|it| it["result"] == "ok" && it["direction"] == "inbound");
+        Ok(ok.filter_map(|it| it["count"].as_u64()).sum())
+    };
+    let mut first = open()?;
+    exchange(&mut first)?;
+    let shaken = handshakes(&mesh)?;
+    // Four alone, two tunnels per processor pair, and what was made in advance.
+    ensure!(shaken < CONNECTIONS as u64 / 2, "{shaken} handshakes for {CONNECTIONS} connections");
+    let old = certificates(&mesh)?;
+    wait_replaced(&mesh, &old)?;
+    exchange(&mut first).context("after the rotation")?;
+    let mut second = open()?;
+    exchange(&mut second).context("opened after the rotation")?;
+    ensure!(handshakes(&mesh)? > shaken, "new connections rest on an old certificate");
+    mesh.control.deregister(&server)?;
+    for connection in first.iter_mut().chain(&mut second) {
+        let end = connection.read(&mut [0]).map_err(|error| error.kind());
+        ensure!(end == Err(ErrorKind::ConnectionReset), "after the registration: {end:?}");
+    }
+    wire.stop()?.expect_absent(&canary)
+}
+
 #[test]
 fn open_connections_of_deregistered_pods_are_cut() -> Result<()> {
     for (title, client_goes) in [("cut_with_the_client", true), ("cut_with_the_server", false)] {
