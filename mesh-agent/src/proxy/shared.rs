@@ -66,9 +66,13 @@ async fn keep(
     }
     made.established(tunnel.not_after);
     let mut shared = Shared::client(tunnel.stream, commands, pod.growth.clone());
-    let mut idle = false;
+    let mut vacant = false;
     loop {
+        let idle = vacant && shared.is_idle();
         let rested = async {
+            if made.is_surplus() || !pod.pool.keeps_any() {
+                return;
+            }
             tokio::select! {
                 () = sleep(pod.timeouts.idle_tunnel) => {}
                 () = made.retired() => {}
@@ -78,23 +82,22 @@ async fn keep(
         let event = tokio::select! {
             biased;
             event = shared.next() => event,
+            () = made.vacated() => {
+                vacant = true;
+                continue;
+            }
             () = rested, if idle => {
                 if made.leave() {
                     return;
                 }
                 // A connection is about to come.
-                idle = false;
+                vacant = false;
                 continue;
             }
         };
         match event {
-            Ok(Event::Idle) => {
-                idle = true;
-                let useless = made.is_surplus() || !pod.pool.keeps_any();
-                if useless && made.leave() {
-                    return;
-                }
-            }
+            // Its connections may still have their seats: `vacated` says when not.
+            Ok(Event::Idle) => {}
             Ok(Event::GoingAway) => made.retire(),
             Ok(Event::Closed) => return,
             Ok(Event::Asked(..)) => unreachable!("a server asks for no connection"),

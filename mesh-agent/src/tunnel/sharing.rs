@@ -10,7 +10,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use tokio::time::Instant;
+use tokio::{sync::Notify, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -56,6 +56,8 @@ struct Entry {
     not_after: Option<SystemTime>,
     /// Cancelled: it takes no more connections.
     retired: CancellationToken,
+    /// Nobody has a seat any more.
+    vacated: Arc<Notify>,
 }
 
 /// Where a connection is to be carried.
@@ -84,6 +86,7 @@ pub struct Made {
     key: Key,
     id: u64,
     retired: CancellationToken,
+    vacated: Arc<Notify>,
 }
 
 impl Sharing {
@@ -128,7 +131,7 @@ impl Sharing {
         pair.last_id += 1;
         let id = pair.last_id;
         let (port, commands) = port();
-        let retired = CancellationToken::new();
+        let (retired, vacated) = (CancellationToken::new(), Arc::<Notify>::default());
         pair.tunnels.push(Entry {
             id,
             proof,
@@ -136,9 +139,10 @@ impl Sharing {
             load: 1,
             not_after: None,
             retired: retired.clone(),
+            vacated: Arc::clone(&vacated),
         });
         let seat = self.seat(key, pair.tunnels.last());
-        let made = Made { sharing: self.clone(), key: key.clone(), id, retired };
+        let made = Made { sharing: self.clone(), key: key.clone(), id, retired, vacated };
         Place::New(port, seat, commands, made)
     }
 
@@ -203,6 +207,9 @@ impl Drop for Seat {
             Some(id) => {
                 if let Some(entry) = pair.entry(*id) {
                     entry.load -= 1;
+                    if entry.load == 0 {
+                        entry.vacated.notify_one();
+                    }
                 }
             }
         });
@@ -234,6 +241,11 @@ impl Made {
         self.retired.cancelled().await;
     }
 
+    /// Returns when the last seat is left, if it has been since the last time.
+    pub async fn vacated(&self) {
+        self.vacated.notified().await;
+    }
+
     /// Whether there are more than the pair needs when it rests.
     pub fn is_surplus(&self) -> bool {
         let processors = self.sharing.processors;
@@ -263,6 +275,8 @@ impl Drop for Made {
 
 #[cfg(test)]
 mod tests {
+    use futures::FutureExt as _;
+
     use super::*;
 
     const PROOF: Proof = Proof { certificate: 1, bundle: 0, registration: 1 };
@@ -345,8 +359,10 @@ mod tests {
     fn a_tunnel_is_left_when_nobody_has_a_seat() {
         let (sharing, mut taken) = (Sharing::new(1), Taken::default());
         taken.take(&sharing, PROOF, ALONE + 1);
-        assert!(!taken.made[0].0.leave());
+        let vacated = |taken: &Taken| taken.made[0].0.vacated().now_or_never().is_some();
+        assert!(!vacated(&taken) && !taken.made[0].0.leave());
         taken.shared.clear();
+        assert!(vacated(&taken) && !vacated(&taken));
         assert!(!taken.made[0].0.is_surplus());
         assert!(taken.made[0].0.leave());
         taken.take(&sharing, PROOF, 1);

@@ -194,7 +194,7 @@ pub enum Event<A = AppSocket> {
     Asked(Header, Ticket<A>),
     /// At the client's agent: the server wants no more connections here.
     GoingAway,
-    /// The last connection has ended.
+    /// The last connection has ended, also for the other agent.
     Idle,
     /// The other agent has closed the tunnel, which was idle.
     Closed,
@@ -271,9 +271,9 @@ impl<A: App, T: Transport> Shared<A, T> {
         &self.tunnel
     }
 
-    /// Whether it carries no connection.
+    /// Whether it carries no connection, and the other agent has been told all of it.
     pub const fn is_idle(&self) -> bool {
-        self.open == 0
+        self.open == 0 && self.out.is_empty() && !self.unflushed
     }
 
     /// Tells the client to open no more connections here. Once.
@@ -313,7 +313,7 @@ impl<A: App, T: Transport> Shared<A, T> {
             // Somebody may wait for the number.
             cx.waker().wake_by_ref();
         }
-        let rests = self.busy && self.open == 0;
+        let rests = self.busy && self.is_idle();
         match event {
             Some(event) => Poll::Ready(Ok(event)),
             None if rests => {
