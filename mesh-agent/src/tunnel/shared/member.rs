@@ -1,6 +1,7 @@
 //! One connection among those that share a tunnel.
 
 use std::{
+    collections::VecDeque,
     io::{self, IoSliceMut},
     pin::Pin,
     task::{Context, Poll},
@@ -70,9 +71,7 @@ struct Incoming {
     state: State,
     window: Window,
     /// What the application has not taken. At most a window.
-    pending: Vec<u8>,
-    /// How much of it has been taken since.
-    taken: usize,
+    pending: VecDeque<u8>,
     /// Something was written and perhaps held back.
     unflushed: bool,
     /// Bytes that came.
@@ -130,8 +129,7 @@ impl<A: App> Member<A> {
             incoming: Incoming {
                 state: State::Frames,
                 window: Window::default(),
-                pending: Vec::new(),
-                taken: 0,
+                pending: VecDeque::new(),
                 unflushed: false,
                 moved: 0,
             },
@@ -271,7 +269,7 @@ impl<A: App> Member<A> {
         self.incoming.moved += payload.len() as u64;
         let open = match &mut self.phase {
             Phase::Over => return,
-            Phase::Deciding => return self.incoming.pending.extend_from_slice(payload),
+            Phase::Deciding => return self.incoming.pending.extend(payload),
             Phase::Open(open) => open,
         };
         let written = if self.incoming.pending.is_empty() {
@@ -281,7 +279,7 @@ impl<A: App> Member<A> {
         };
         let Ok(written) = written else { return self.abort_from_here() };
         self.incoming.unflushed |= written > 0;
-        self.incoming.pending.extend_from_slice(payload.get(written..).unwrap_or_default());
+        self.incoming.pending.extend(payload.get(written..).unwrap_or_default());
         self.incoming.window.deliver(written, self.incoming.pending.is_empty(), growth);
     }
 
@@ -289,14 +287,15 @@ impl<A: App> Member<A> {
     pub(super) fn poll_deliver(&mut self, cx: &mut Context<'_>, growth: &Growth) {
         let Self { phase: Phase::Open(open), incoming, .. } = self else { return };
         if !incoming.pending.is_empty() {
-            let rest = incoming.pending.get(incoming.taken..).unwrap_or_default();
+            let rest = incoming.pending.make_contiguous();
             let Ok(written) = poll_write_all(cx, &mut open.app, rest) else {
                 return self.abort_from_here();
             };
-            incoming.taken += written;
             incoming.unflushed |= written > 0;
-            if incoming.taken == incoming.pending.len() {
+            if written == rest.len() {
                 incoming.forget();
+            } else {
+                incoming.pending.drain(..written);
             }
             incoming.window.deliver(written, incoming.pending.is_empty(), growth);
         }
@@ -373,7 +372,7 @@ impl<A: App> Member<A> {
 impl Incoming {
     /// Nobody gets what is pending.
     fn forget(&mut self) {
-        (self.pending, self.taken) = (Vec::new(), 0);
+        self.pending = VecDeque::new();
     }
 }
 
