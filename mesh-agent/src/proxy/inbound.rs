@@ -227,7 +227,7 @@ async fn shared(stream: Stream, origin: Arc<Origin>, kill: &CancellationToken) {
         let idle = shared.is_idle();
         let forgotten =
             async { if going { sleep(FAREWELL).await } else { origin.forgotten().await } };
-        tokio::select! {
+        let due = tokio::select! {
             biased;
             event = shared.next() => match event {
                 Ok(Event::Asked(header, ticket)) => {
@@ -239,25 +239,22 @@ async fn shared(stream: Stream, origin: Arc<Origin>, kill: &CancellationToken) {
                             () = origin.carry(header, ticket, &kill) => {}
                         }
                     });
+                    false
                 }
-                Ok(Event::Idle) => {}
+                Ok(Event::Idle) => false,
                 Ok(Event::Closed) => return,
                 Ok(Event::GoingAway) => unreachable!("a client does not say so"),
                 Err(error) => return origin.ended(&error),
             },
-            () = &mut lapse, if !going => {
-                shared.go_away();
-                going = true;
-            }
+            () = &mut lapse, if !going => true,
             () = forgotten, if idle => {
                 if going {
                     return;
                 }
-                shared.go_away();
-                going = true;
+                true
             }
-        }
-        if is_worn(shared.tunnel()) && !going {
+        };
+        if !going && (due || is_worn(shared.tunnel())) {
             shared.go_away();
             going = true;
         }

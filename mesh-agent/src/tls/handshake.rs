@@ -10,8 +10,7 @@ use rustls::{
 };
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 
-use super::Peer;
-use super::{HEADER, invalid, records::Renewal};
+use super::{HEADER, Peer, invalid, records::Renewal};
 use crate::tunnel::{ALPN, SHARED_ALPN};
 
 /// What a handshake has brought.

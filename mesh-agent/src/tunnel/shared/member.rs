@@ -16,7 +16,7 @@ use super::{
 use crate::tunnel::{
     app::App,
     buffer::Buffer,
-    frame::{FRAME_HEADER, Frame, MAX_CONTROL, MAX_FRAME, Malformed, Refusal, Status},
+    frame::{FRAME_HEADER, Frame, MAX_CONTROL, MAX_FRAME, Malformed, Reason, Refusal, Status},
     relay::{End, Outcome, Role},
 };
 
@@ -209,17 +209,12 @@ impl<A: App> Member<A> {
         if self.incoming.state == State::Fin {
             self.incoming.state = State::Ended;
         }
-        if self.incoming.state != State::Ended || !self.outgoing.ended {
-            // Without an answer there is no end in a frame that answers.
-            if matches!(self.phase, Phase::Deciding) {
-                let gone = Refusal::new(crate::tunnel::Reason::Failed, "the client has gone");
-                self.outgoing.preface = Some(Frame::Status(Status::Refused(gone)));
-                self.outgoing.ended = true;
-            } else {
-                self.outgoing.resets = true;
-            }
-        }
         self.incoming.forget();
+        if matches!(self.phase, Phase::Deciding) {
+            // The client waits for an answer, and that is the end.
+            return self.refuse(Refusal::new(Reason::Failed, "the client has gone"));
+        }
+        self.outgoing.resets |= self.incoming.state != State::Ended || !self.outgoing.ended;
         let phase = std::mem::replace(&mut self.phase, Phase::Over);
         if let Phase::Open(Open { app, reply, .. }) = phase {
             let untouched = untouched.then_some(app);

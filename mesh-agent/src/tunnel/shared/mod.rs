@@ -327,10 +327,13 @@ impl<A: App, T: Transport> Shared<A, T> {
     fn poll_commands(&mut self, cx: &mut Context<'_>) {
         loop {
             let free = self.members.iter().position(Option::is_none);
-            let Some(free) = free.or(if self.client { None } else { Some(0) }) else { return };
+            if self.client && free.is_none() {
+                return;
+            }
             let Poll::Ready(Some(command)) = self.commands.0.poll_recv(cx) else { return };
             match command {
                 Command::Ask(joining) => {
+                    let Some(free) = free else { continue };
                     let number = u8::try_from(free).unwrap_or(NUMBERS);
                     self.last_id += 1;
                     self.insert(Member::asking(number, self.last_id, joining), free);
