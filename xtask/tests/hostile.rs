@@ -1,5 +1,5 @@
 //! A hostile peer faces a real agent: wrong certificates, wrong frames, no handshake at all, and
-//! a server that is somebody else.
+//! a server that is somebody else, or only old.
 
 #[path = "support/peer.rs"]
 mod peer;
@@ -542,4 +542,43 @@ fn servers_that_are_somebody_else_hear_nothing() -> Result<()> {
         wire.stop()?.expect_absent(&canary)?;
     }
     Ok(())
+}
+
+/// Agents of before know no tunnel of more than one connection at a time.
+#[test]
+fn an_agent_that_shares_no_tunnels_is_given_one_for_each_connection() -> Result<()> {
+    const CONNECTIONS: usize = 12;
+    let mut mesh = Mesh::new("an_agent_that_shares_no_tunnels")?;
+    let (client, server) = (mesh.pod(0, "client")?, mesh.plain_pod(1, "server")?);
+    mesh.control.register(&server)?;
+    mesh.wait_synced()?;
+    let identity = Ca::of(&mesh.control)?.issue(&Claim::of(&server)?)?;
+    let verifier = peer::verifier(&mesh.control)?;
+    let listener = server.listen(PORT)?;
+    thread::spawn(move || {
+        while let Ok((stream, _)) = xtask::lab::traffic::accept(&listener) {
+            let (verifier, identity) = (Arc::clone(&verifier), Arc::clone(&identity));
+            thread::spawn(move || peer::serve(stream, verifier, identity));
+        }
+    });
+    let to = server.sockets(PORT)[0];
+    let canary = Canary::random();
+    let wire = mesh.lab.capture()?;
+    // All are open at a time.
+    let mut connections = Vec::new();
+    for n in 0..CONNECTIONS {
+        let mut connection = client.connect(to)?;
+        connection.write_all(canary.bytes())?;
+        let mut answer = vec![0; canary.bytes().len()];
+        connection.read_exact(&mut answer).with_context(|| format!("connection {n}"))?;
+        ensure!(answer == canary.bytes(), "connection {n} answers {answer:?}");
+        connections.push(connection);
+    }
+    for mut connection in connections {
+        connection.shutdown(Shutdown::Write)?;
+        let mut rest = Vec::new();
+        connection.read_to_end(&mut rest)?;
+        ensure!(rest.is_empty(), "it goes on with {rest:?}");
+    }
+    wire.stop()?.expect_absent(&canary)
 }

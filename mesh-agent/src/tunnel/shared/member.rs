@@ -391,3 +391,75 @@ fn poll_write_all<A: App>(cx: &mut Context<'_>, app: &mut A, bytes: &[u8]) -> io
     }
     Ok(written)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::Arc, task::Waker};
+
+    use tokio::io::AsyncWrite;
+
+    use super::*;
+    use crate::tunnel::relay::Traffic;
+
+    /// An application that takes so many bytes and then waits.
+    struct Slow(usize);
+
+    impl App for Slow {
+        fn poll_read(
+            &mut self,
+            _: &mut Context<'_>,
+            _: &mut [IoSliceMut<'_>],
+        ) -> Poll<io::Result<usize>> {
+            Poll::Pending
+        }
+
+        fn finish(self) {}
+    }
+
+    impl AsyncWrite for Slow {
+        fn poll_write(
+            mut self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            bytes: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            let taken = bytes.len().min(self.0);
+            self.0 -= taken;
+            if taken == 0 { Poll::Pending } else { Poll::Ready(Ok(taken)) }
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Pending
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Pending
+        }
+    }
+
+    #[test]
+    fn an_application_that_never_catches_up_costs_no_more_than_its_window() {
+        let growth = Growth::default();
+        let cx = &mut Context::from_waker(Waker::noop());
+        let (reply, _outcome) = oneshot::channel();
+        let mut member = Member::asked(0, 1);
+        let counted = Arc::<Traffic>::default();
+        member.accept(Joining { app: Slow(0), role: Role::Server, counted, reply });
+        let mut granted = 64 << 10;
+        for _ in 0..1000 {
+            let payload = vec![7; granted.min(10_000)];
+            granted -= payload.len();
+            let frame = Frame::Data(u16::try_from(payload.len()).unwrap());
+            member.take(frame).unwrap();
+            member.deliver(cx, &payload, &growth);
+            if let Phase::Open(open) = &mut member.phase {
+                open.app.0 = member.incoming.pending.len().saturating_sub(20_000);
+            }
+            member.poll_deliver(cx, &growth);
+            assert!(!member.incoming.pending.is_empty());
+            granted += usize::try_from(member.incoming.window.owed().unwrap_or(0)).unwrap();
+        }
+        assert!(member.incoming.moved > 1 << 20, "{}", member.incoming.moved);
+        let held = member.incoming.pending.capacity();
+        assert!(held <= 128 << 10, "{held} bytes for an application that reads slowly");
+    }
+}

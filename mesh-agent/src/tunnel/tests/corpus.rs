@@ -2,7 +2,7 @@
 
 use std::{fs, path::Path};
 
-#[path = "../../../../fuzz/src/checks.rs"]
+#[path = "../../../../fuzz/src/checks/mod.rs"]
 #[expect(unreachable_pub, reason = "the fuzz targets are a crate of their own")]
 mod checks;
 
@@ -39,6 +39,11 @@ fn relay() {
     replay("relay", checks::relay);
 }
 
+#[test]
+fn shared() {
+    replay("shared", checks::shared);
+}
+
 proptest::proptest! {
     /// The same checks on bytes that no fuzzer chose.
     #[test]
@@ -47,6 +52,7 @@ proptest::proptest! {
         checks::open(&data);
         checks::status(&data);
         checks::relay(&data);
+        checks::shared(&data);
     }
 
     /// And on bytes that look like a tunnel.
@@ -74,5 +80,31 @@ proptest::proptest! {
         }
         checks::frames(&data[frames..]);
         checks::relay(&data);
+    }
+
+    /// And on bytes that look like one that connections share.
+    #[test]
+    fn any_numbered_frames(
+        script in proptest::collection::vec((0_u8..3, 0_u8..12, 0_u16..60), 0..60),
+        preface in proptest::array::uniform2(proptest::prelude::any::<u8>()),
+        said in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..255),
+    ) {
+        let mut data = preface.to_vec();
+        data.push(u8::try_from(said.len()).unwrap());
+        data.extend_from_slice(&said);
+        for (number, kind, len) in script {
+            // The other agent's preface often enough to get behind it.
+            let (kind, body) = match kind {
+                0 | 1 | 2 if preface[0] & 1 == 0 => (2, vec![0]),
+                0 | 1 | 2 => (1, [&[1][..], &[7; 22]].concat()),
+                6 => (7, vec![0, 0, len.to_be_bytes()[1], 1]),
+                4 | 5 | 8 => (kind, Vec::new()),
+                _ => (3, (0..=len).map(|n| n.to_be_bytes()[1]).collect()),
+            };
+            data.extend_from_slice(&[number, kind]);
+            data.extend_from_slice(&u16::try_from(body.len()).unwrap().to_be_bytes());
+            data.extend_from_slice(&body);
+        }
+        checks::shared(&data);
     }
 }

@@ -1,6 +1,8 @@
 //! What must hold of any bytes whatever. The fuzz targets call these functions, and the agent's
 //! unit tests replay the corpus through them.
 
+mod shared;
+
 use std::{
     cell::{Cell, RefCell},
     io::{self, IoSliceMut},
@@ -11,6 +13,8 @@ use std::{
 };
 
 use tokio::io::{AsyncBufRead, AsyncRead, AsyncWrite, ReadBuf};
+
+pub use self::shared::shared;
 
 use crate::tunnel::{
     self, App, End, Header, Malformed, Role, TraceId, Traffic,
@@ -247,17 +251,23 @@ struct Cuts(Cell<u32>);
 impl Cuts {
     /// At most `most`, at least 1, or "not now" (and then the task is woken).
     fn next(&self, cx: &mut Context<'_>, most: usize) -> Poll<usize> {
-        let mut x = self.0.get();
-        x ^= x << 13;
-        x ^= x >> 17;
-        x ^= x << 5;
-        self.0.set(x);
+        let x = self.draw();
         if x.is_multiple_of(4) {
             cx.waker().wake_by_ref();
             return Poll::Pending;
         }
         let limit = 1 << ((x >> 8) % 12);
         Poll::Ready(most.min(limit).max(1))
+    }
+
+    /// A number that nobody expects.
+    fn draw(&self) -> u32 {
+        let mut x = self.0.get();
+        x ^= x << 13;
+        x ^= x >> 17;
+        x ^= x << 5;
+        self.0.set(x);
+        x
     }
 }
 
