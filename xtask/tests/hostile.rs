@@ -574,6 +574,8 @@ fn an_agent_that_shares_no_tunnels_is_given_one_for_each_connection() -> Result<
         ensure!(answer == canary.bytes(), "connection {n} answers {answer:?}");
         connections.push(connection);
     }
+    let shared = mesh.status_of(&client)?["shared_tunnels"].as_u64();
+    ensure!(shared == Some(0), "{shared:?} tunnels are shared");
     for mut connection in connections {
         connection.shutdown(Shutdown::Write)?;
         let mut rest = Vec::new();

@@ -186,6 +186,8 @@ fn connections_that_share_tunnels_outlive_certificates_and_not_the_registration(
     let shaken = handshakes(&mesh)?;
     // Four alone, two tunnels per processor pair, and what was made in advance.
     ensure!(shaken < CONNECTIONS as u64 / 2, "{shaken} handshakes for {CONNECTIONS} connections");
+    let shared = mesh.status_of(&client)?["shared_tunnels"].as_u64();
+    ensure!(shared >= Some(2), "{shared:?} tunnels are shared");
     let old = certificates(&mesh)?;
     wait_replaced(&mesh, &old)?;
     exchange(&mut first).context("after the rotation")?;

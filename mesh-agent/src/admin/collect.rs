@@ -65,6 +65,8 @@ pub struct PodFacts {
     pub certificate_problem: Option<String>,
     /// Tunnels kept for the next connection.
     pub idle_tunnels: u64,
+    /// Tunnels that connections share.
+    pub shared_tunnels: u64,
     /// How often something changed inside the pod was put back.
     pub repairs: u64,
     /// Connections from before the enrolment that were aborted.
@@ -209,6 +211,7 @@ impl Admin {
             drops,
             datagrams: facts.datagrams,
             idle_tunnels: facts.idle_tunnels,
+            shared_tunnels: facts.shared_tunnels,
             repairs: facts.repairs,
             aborted: facts.aborted,
             revoked: stats.revoked().into_iter().map(|(_, count)| count).sum(),

@@ -219,7 +219,9 @@ impl Metrics {
         });
         family(encoder, ("handshakes", None), "Handshakes with other agents", handshakes)?;
         let idle = pods.iter().map(|pod| (labels(pod, []), gauge(pod.idle_tunnels)));
-        family(encoder, ("tunnels_idle", None), "Tunnels kept for the next connection", idle)
+        family(encoder, ("tunnels_idle", None), "Tunnels kept for the next connection", idle)?;
+        let shared = pods.iter().map(|pod| (labels(pod, []), gauge(pod.shared_tunnels)));
+        family(encoder, ("tunnels_shared", None), "Tunnels that connections share", shared)
     }
 
     fn guard(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {

@@ -256,7 +256,8 @@ fn pod_block(pod: &Pod, now: OffsetDateTime, style: Style) -> String {
     let ok: u64 = pod.handshakes.iter().filter(|h| is_ok(&h.result)).map(|h| h.count).sum();
     let failed = pod.handshakes.iter().filter(|h| !is_ok(&h.result));
     let failed = sum_by_reason(failed.map(|h| (h.result.as_str(), h.count)));
-    fact("handshakes", format!("{ok} ok, failed {failed}; {} idle tunnels", pod.idle_tunnels));
+    let (idle, shared) = (pod.idle_tunnels, pod.shared_tunnels);
+    fact("handshakes", format!("{ok} ok, failed {failed}; tunnels {idle} idle, {shared} shared"));
     let drops: Vec<_> = pod
         .drops
         .iter()

@@ -158,6 +158,9 @@ pub struct Pod {
     pub datagrams: u64,
     /// Tunnels kept for the next connection.
     pub idle_tunnels: u64,
+    /// Tunnels that several of its connections to a pod share.
+    #[serde(default)]
+    pub shared_tunnels: u64,
     /// How often rules, routes or sysctls changed inside the pod were put back.
     pub repairs: u64,
     /// Connections from before the enrolment that were aborted.
@@ -375,6 +378,7 @@ pub(super) mod tests {
             }],
             datagrams: 5,
             idle_tunnels: 1,
+            shared_tunnels: 2,
             repairs: 0,
             aborted: 4,
             revoked: 2,

@@ -99,6 +99,7 @@ fn facts(uid: &str, netns: &Path) -> PodFacts {
         svid: None,
         certificate_problem: None,
         idle_tunnels: 0,
+        shared_tunnels: 0,
         repairs: 0,
         aborted: 0,
     }

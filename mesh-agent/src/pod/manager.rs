@@ -568,6 +568,7 @@ impl View {
                 .and_then(|svid| svid.problem())
                 .map(|problem| problem.message),
             idle_tunnels: self.node.pool.count(|key| *key.client == *pod.uid) as u64,
+            shared_tunnels: self.node.sharing.count(|key| *key.client == *pod.uid) as u64,
             repairs: pod.repairs.load(Ordering::Relaxed),
             aborted: pod.aborted.load(Ordering::Relaxed),
         }

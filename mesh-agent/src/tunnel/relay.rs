@@ -98,6 +98,13 @@ pub struct Outcome<A = AppSocket> {
     pub untouched: Option<A>,
 }
 
+impl<A> Outcome<A> {
+    /// That of a connection among others, whose tunnel is not its to give back.
+    pub(super) const fn among_others(end: End, untouched: Option<A>) -> Self {
+        Self { end, reusable: false, untouched }
+    }
+}
+
 /// Bytes of payload, counted while they move. Shared with whoever shows open connections.
 #[derive(Debug, Default)]
 pub struct Traffic {

@@ -155,6 +155,13 @@ impl Sharing {
         }
     }
 
+    /// How many tunnels of such pairs there are, or are about to be.
+    #[must_use]
+    pub fn count(&self, counts: impl Fn(&Key) -> bool) -> usize {
+        let pairs = self.pairs();
+        pairs.iter().filter(|(key, _)| counts(key)).map(|(_, pair)| pair.tunnels.len()).sum()
+    }
+
     fn seat(&self, key: &Key, tunnel: Option<&Entry>) -> Seat {
         let established = tunnel.is_some_and(|entry| entry.not_after.is_some());
         let tunnel = tunnel.map(|entry| entry.id);

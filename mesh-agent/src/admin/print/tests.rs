@@ -18,7 +18,7 @@ pod shop/cart-0 (u1) at /run/netns/cart
   guard        device active (eth0)
   connections  mtls 3/120, local 0/0, plaintext 0/0 (open/total), denied 2 (unknown-in-cluster 2)
   payload      1.0 KiB sent, 2.0 KiB received
-  handshakes   7 ok, failed 0; 1 idle tunnels
+  handshakes   7 ok, failed 0; tunnels 1 idle, 2 shared
   udp          allow, 5 datagrams left
   drops        device/plaintext 12
   cut          4 connections at enrolment, 2 no longer allowed

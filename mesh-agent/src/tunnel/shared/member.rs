@@ -178,8 +178,7 @@ impl<A: App> Member<A> {
     pub(super) fn finish(self) {
         if let Phase::Open(open) = self.phase {
             open.app.finish();
-            let outcome = Outcome { end: End::Finished, reusable: false, untouched: None };
-            let _nobody_asks = open.reply.send(outcome);
+            let _nobody_asks = open.reply.send(Outcome::among_others(End::Finished, None));
         }
     }
 
@@ -189,7 +188,7 @@ impl<A: App> Member<A> {
         let untouched = untouched && matches!(end, End::TunnelLost(_));
         if let Phase::Open(Open { app, reply, .. }) = self.phase {
             let untouched = untouched.then_some(app);
-            let _nobody_asks = reply.send(Outcome { end, reusable: false, untouched });
+            let _nobody_asks = reply.send(Outcome::among_others(end, untouched));
         }
     }
 
@@ -218,7 +217,7 @@ impl<A: App> Member<A> {
         let phase = std::mem::replace(&mut self.phase, Phase::Over);
         if let Phase::Open(Open { app, reply, .. }) = phase {
             let untouched = untouched.then_some(app);
-            let _nobody_asks = reply.send(Outcome { end, reusable: false, untouched });
+            let _nobody_asks = reply.send(Outcome::among_others(end, untouched));
         }
     }
 

@@ -87,8 +87,7 @@ impl<A> Commands<A> {
         while let Ok(command) = self.0.try_recv() {
             if let Command::Ask(Joining { app, reply, .. }) = command {
                 let end = End::TunnelLost(io::Error::new(io::ErrorKind::NotConnected, why));
-                let untouched = Some(app);
-                let _nobody_asks = reply.send(Outcome { end, reusable: false, untouched });
+                let _nobody_asks = reply.send(Outcome::among_others(end, Some(app)));
             }
         }
     }
@@ -112,7 +111,7 @@ impl<A> Port<A> {
         let (reply, outcome) = oneshot::channel();
         let lost = |untouched| {
             let end = End::TunnelLost(io::ErrorKind::NotConnected.into());
-            Outcome { end, reusable: false, untouched }
+            Outcome::among_others(end, untouched)
         };
         let sent = self.0.send(command(Joining { app, role, counted, reply }));
         if let Err(mpsc::error::SendError(command)) = sent {

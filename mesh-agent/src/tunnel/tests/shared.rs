@@ -5,7 +5,7 @@ use std::sync::Arc;
 use futures::future::join_all;
 use rand::{Rng as _, RngCore as _, SeedableRng as _, rngs::StdRng};
 use tokio::{
-    io::AsyncWriteExt as _,
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
     sync::mpsc,
     task::{AbortHandle, JoinHandle},
@@ -13,7 +13,7 @@ use tokio::{
 
 use super::{
     super::{
-        AppSocket, Header, Outcome, Reason, Refusal, Role, Shared, Traffic,
+        App, AppSocket, Header, Outcome, Reason, Refusal, Role, Shared, Traffic,
         server::TunnelError,
         shared::{Event, Growth, Port, Ticket, port},
     },
@@ -34,9 +34,9 @@ struct Lab {
 }
 
 /// Runs one end until the tunnel is closed.
-async fn run(
-    mut shared: Shared<AppSocket, Stream>,
-    asked: mpsc::UnboundedSender<(Header, Ticket)>,
+async fn run<A: App>(
+    mut shared: Shared<A, Stream>,
+    asked: mpsc::UnboundedSender<(Header, Ticket<A>)>,
 ) -> Result<(), TunnelError> {
     loop {
         match shared.next().await? {
@@ -448,8 +448,6 @@ fn data(number: u8, payload: &[u8]) -> Vec<u8> {
 
 /// What a peer may not say where connection 0 is open, and what the log says of it.
 fn malformed() -> Vec<(&'static str, Vec<u8>)> {
-    let full = data(0, &[0; 16_380]);
-    let too_much = [full.repeat(4), data(0, &[0; 17])].concat();
     let overflow = [&[0, 7, 0, 4][..], &[0xff; 4]].concat();
     vec![
         ("a tunnel has no connection 64: the numbers end at 63", vec![64, 4, 0, 0]),
@@ -459,7 +457,6 @@ fn malformed() -> Vec<(&'static str, Vec<u8>)> {
         ("a frame of type 0x08 cannot have a body of 1 bytes", vec![0, 8, 0, 1]),
         ("a CREDIT frame must grant something", vec![0, 7, 0, 4, 0, 0, 0, 0]),
         ("more credit than fits", overflow),
-        ("more bytes than the receiver has granted", too_much),
         ("a frame of type 0x03 has no place here", data(1, b"x")),
         ("a frame of type 0x04 has no place here", vec![1, 4, 0, 0]),
         ("a frame of type 0x08 has no place here", vec![1, 8, 0, 0]),
@@ -474,30 +471,40 @@ fn malformed() -> Vec<(&'static str, Vec<u8>)> {
 
 /// One end of a shared tunnel, which carries one connection, and who is in the place of the other
 /// agent.
-async fn against_a_server() -> (TcpStream, JoinHandle<Outcome>, Agent, Stream) {
+async fn against_a_server<A: App + Send + 'static>(
+    app: A,
+) -> (JoinHandle<Outcome<A>>, Agent, Stream) {
     let (near, far) = tunnel().await;
     let (port, commands) = port();
-    let agent = tokio::spawn(run(
-        Shared::client(near, commands, Growth::default()),
-        mpsc::unbounded_channel().0,
-    ));
-    let (client, app) = tcp_pair().await;
-    let (app, counted) = (AppSocket::new(app).unwrap(), Arc::<Traffic>::default());
+    let client = Shared::client(near, commands, Growth::default());
+    let agent = tokio::spawn(run(client, mpsc::unbounded_channel().0));
+    let counted = Arc::<Traffic>::default();
     let carried =
         tokio::spawn(async move { port.carry(app, Role::Client(header()), counted).await });
-    (client, carried, agent, far)
+    (carried, agent, far)
 }
 
-async fn against_a_client() -> (TcpStream, JoinHandle<Outcome>, Agent, Stream) {
+async fn against_a_client<A: App + Send + 'static>(
+    app: A,
+) -> (JoinHandle<Outcome<A>>, Agent, Stream) {
     let (mut near, far) = tunnel().await;
     let (sender, mut asked) = mpsc::unbounded_channel();
     let agent = tokio::spawn(run(Shared::server(far, Growth::default()), sender));
     say(&mut near, &open(0)).await;
     let (_, ticket) = within("the question", asked.recv()).await.unwrap();
-    let (server, app) = tcp_pair().await;
-    let app = AppSocket::new(app).unwrap();
     let carried = tokio::spawn(ticket.accept(app, Arc::<Traffic>::default()));
-    (server, carried, agent, near)
+    (carried, agent, near)
+}
+
+async fn app_socket() -> (TcpStream, AppSocket) {
+    let (application, app) = tcp_pair().await;
+    (application, AppSocket::new(app).unwrap())
+}
+
+/// What the log says of an agent that has given its tunnel up.
+async fn protocol_error(agent: Agent) -> String {
+    let mut said = within("the end", agent).await.unwrap().unwrap_err().to_string();
+    said.split_off(said.find(": ").unwrap() + 2)
 }
 
 type Agent = JoinHandle<Result<(), TunnelError>>;
@@ -507,20 +514,19 @@ async fn a_peer_that_talks_nonsense_ends_its_tunnel_and_no_other() {
     let mut bystander = Lab::new().await;
     for client in [true, false] {
         for (error, bytes) in malformed() {
-            let (mut application, carried, agent, mut peer) = if client {
-                let mut all = against_a_server().await;
-                say(&mut all.3, ACCEPTED).await;
+            let (mut application, app) = app_socket().await;
+            let (carried, agent, mut peer) = if client {
+                let mut all = against_a_server(app).await;
+                say(&mut all.2, ACCEPTED).await;
                 all
             } else {
-                against_a_client().await
+                against_a_client(app).await
             };
             say(&mut peer, &data(0, b"ok")).await;
             hear(&mut application, b"ok").await;
             say(&mut peer, &bytes).await;
-            let mut ended = within("the end", agent).await.unwrap().unwrap_err().to_string();
-            ended = ended.split_off(ended.find(": ").unwrap() + 2);
             // GOAWAY once is in its place at the client.
-            assert_eq!(ended, error, "at the client: {client}");
+            assert_eq!(protocol_error(agent).await, error, "at the client: {client}");
             assert_eq!(words(carried).await, "protocol error");
             assert_reset(&mut application).await;
         }
@@ -529,10 +535,40 @@ async fn a_peer_that_talks_nonsense_ends_its_tunnel_and_no_other() {
 }
 
 #[tokio::test]
+async fn a_peer_that_sends_more_than_it_was_granted_ends_its_tunnel() {
+    for client in [true, false] {
+        // It takes so little that nothing more is granted.
+        let (mut application, app) = tokio::io::duplex(8);
+        let (carried, agent, mut peer) = if client {
+            let mut all = against_a_server(InMemory(app)).await;
+            say(&mut all.2, ACCEPTED).await;
+            all
+        } else {
+            against_a_client(InMemory(app)).await
+        };
+        for _ in 0..8 {
+            say(&mut peer, &data(0, &[7; 8192])).await;
+        }
+        // Behind them, so that they have been taken.
+        say(&mut application, b"!").await;
+        let preface = if client { &[][..] } else { ACCEPTED };
+        let question = if client { open(0) } else { Vec::new() };
+        let mut said = vec![0; question.len() + preface.len() + data(0, b"!").len()];
+        within("the application", peer.read_exact(&mut said)).await.unwrap();
+        assert!(said.ends_with(&data(0, b"!")), "{said:02x?}");
+        assert!(!agent.is_finished());
+        say(&mut peer, &data(0, &[7])).await;
+        assert_eq!(protocol_error(agent).await, "more bytes than the receiver has granted");
+        assert_eq!(words(carried).await, "protocol error");
+    }
+}
+
+#[tokio::test]
 async fn what_came_too_late_for_the_connection_before_is_ignored() {
     let late = [&[0, 5, 0, 0][..], &[0, 7, 0, 4, 0, 0, 0, 1]].concat();
     // Before the answer, and for a number that is free.
-    let (mut client, carried, _agent, mut peer) = against_a_server().await;
+    let (mut client, app) = app_socket().await;
+    let (carried, _agent, mut peer) = against_a_server(app).await;
     say(&mut peer, &[&[9, 5, 0, 0], late.as_slice(), ACCEPTED, &data(0, b"ok")].concat()).await;
     hear(&mut client, b"ok").await;
     say(&mut peer, &[0, 4, 0, 0]).await;
@@ -540,7 +576,8 @@ async fn what_came_too_late_for_the_connection_before_is_ignored() {
     client.shutdown().await.unwrap();
     assert_eq!(words(carried).await, "finished");
 
-    let (mut server, carried, _agent, mut peer) = against_a_client().await;
+    let (mut server, app) = app_socket().await;
+    let (carried, _agent, mut peer) = against_a_client(app).await;
     say(&mut peer, &[data(0, b"ok").as_slice(), &[0, 4, 0, 0]].concat()).await;
     hear(&mut server, b"ok").await;
     server.shutdown().await.unwrap();
@@ -554,7 +591,8 @@ async fn what_came_too_late_for_the_connection_before_is_ignored() {
 #[tokio::test]
 async fn a_server_that_answers_out_of_turn_gets_no_byte_through() {
     for bytes in [data(0, b"x"), vec![0, 4, 0, 0], vec![0, 8, 0, 0], open(0), open(1)] {
-        let (mut client, carried, agent, mut peer) = against_a_server().await;
+        let (mut client, app) = app_socket().await;
+        let (carried, agent, mut peer) = against_a_server(app).await;
         say(&mut peer, &bytes).await;
         assert_reset(&mut client).await;
         assert_eq!(words(carried).await, "protocol error");
@@ -566,16 +604,20 @@ async fn a_server_that_answers_out_of_turn_gets_no_byte_through() {
 async fn a_tunnel_that_is_cut_in_a_frame_is_lost_and_between_connections_is_closed() {
     for cut in 1..open(0).len() {
         let (mut near, far) = tunnel().await;
-        let agent =
-            tokio::spawn(run(Shared::server(far, Growth::default()), mpsc::unbounded_channel().0));
+        let agent = tokio::spawn(run::<AppSocket>(
+            Shared::server(far, Growth::default()),
+            mpsc::unbounded_channel().0,
+        ));
         say(&mut near, &open(0)[..cut]).await;
         near.shutdown().await.unwrap();
         let ended = within("the end", agent).await.unwrap().unwrap_err().to_string();
         assert!(ended.starts_with("the tunnel broke off"), "cut at {cut}: {ended}");
     }
     let (near, far) = tunnel().await;
-    let agent =
-        tokio::spawn(run(Shared::server(far, Growth::default()), mpsc::unbounded_channel().0));
+    let agent = tokio::spawn(run::<AppSocket>(
+        Shared::server(far, Growth::default()),
+        mpsc::unbounded_channel().0,
+    ));
     drop(near);
     within("the end", agent).await.unwrap().unwrap();
 }
