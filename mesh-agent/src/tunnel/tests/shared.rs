@@ -474,13 +474,15 @@ fn malformed() -> Vec<(&'static str, Vec<u8>)> {
 async fn against_a_server<A: App + Send + 'static>(
     app: A,
 ) -> (JoinHandle<Outcome<A>>, Agent, Stream) {
-    let (near, far) = tunnel().await;
+    let (near, mut far) = tunnel().await;
     let (port, commands) = port();
     let client = Shared::client(near, commands, Growth::default());
     let agent = tokio::spawn(run(client, mpsc::unbounded_channel().0));
     let counted = Arc::<Traffic>::default();
     let carried =
         tokio::spawn(async move { port.carry(app, Role::Client(header()), counted).await });
+    let mut question = open(0);
+    within("the question", far.read_exact(&mut question)).await.unwrap();
     (carried, agent, far)
 }
 
@@ -552,10 +554,7 @@ async fn a_peer_that_sends_more_than_it_was_granted_ends_its_tunnel() {
         // Behind them, so that they have been taken.
         say(&mut application, b"!").await;
         let preface = if client { &[][..] } else { ACCEPTED };
-        let question = if client { open(0) } else { Vec::new() };
-        let mut said = vec![0; question.len() + preface.len() + data(0, b"!").len()];
-        within("the application", peer.read_exact(&mut said)).await.unwrap();
-        assert!(said.ends_with(&data(0, b"!")), "{said:02x?}");
+        hear(&mut peer, &[preface, &data(0, b"!")].concat()).await;
         assert!(!agent.is_finished());
         say(&mut peer, &data(0, &[7])).await;
         assert_eq!(protocol_error(agent).await, "more bytes than the receiver has granted");
