@@ -203,6 +203,7 @@ pub(crate) fn goals() -> Vec<Goal> {
         (Far, long_client, Rate, AtLeast(0.60)),
         (Far, long_server, Rate, AtLeast(0.60)),
         (Near, bulk_1, Rate, AtLeast(0.80)),
+        (Near, bulk_4, Rate, AtLeast(0.80)),
         (Near, keepalive_64, Rate, AtLeast(0.80)),
         (Far, beside, P99, AtMost(5.0)),
         (Far, held, Idle, AtMost(15.0)),
@@ -272,6 +273,10 @@ mod tests {
         let near: Vec<_> = near.map(|step| (step.load.name(), step.subject)).collect();
         let expected = [("bulk-1", 0), ("bulk-4", 0), ("keepalive-64", 0)];
         assert_eq!(near, expected.map(|(name, subject)| (name.to_owned(), subject)));
+        for (name, _) in near {
+            let name = format!("one-node {name}");
+            assert!(goals().iter().any(|goal| goal.metric.name() == name), "{name} has no goal");
+        }
         for goal in goals() {
             let Metric { route, load, .. } = goal.metric;
             assert!(load.is_for(route), "{} is never measured", goal.metric.name());

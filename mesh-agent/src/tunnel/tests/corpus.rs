@@ -95,8 +95,8 @@ proptest::proptest! {
         for (number, kind, len) in script {
             // The other agent's preface often enough to get behind it.
             let (kind, body) = match kind {
-                0 | 1 | 2 if preface[0] & 1 == 0 => (2, vec![0]),
-                0 | 1 | 2 => (1, [&[1][..], &[7; 22]].concat()),
+                0..=2 if preface[0] & 1 == 0 => (2, vec![0]),
+                0..=2 => (1, [&[1][..], &[7; 22]].concat()),
                 6 => (7, vec![0, 0, len.to_be_bytes()[1], 1]),
                 4 | 5 | 8 => (kind, Vec::new()),
                 _ => (3, (0..=len).map(|n| n.to_be_bytes()[1]).collect()),
