@@ -1,22 +1,22 @@
 //! What must hold of a tunnel that connections share, whatever the other agent says in it.
 
 use std::{
+    cell::Cell,
     collections::HashMap,
-    pin::pin,
+    net::SocketAddr,
+    pin::{Pin, pin},
+    rc::Rc,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    task::{Wake, Waker},
+    task::{Context, Poll, Wake, Waker},
 };
 
-use super::{
-    Application, Cell, Context, Cuts, Delivered, End, Frame, Header, MAX_DATA, Pin, Poll, Rc, Role,
-    SocketAddr, Status, TraceId, Traffic, Wire,
-};
+use super::{Application, Cuts, Delivered, Wire};
 use crate::tunnel::{
-    Outcome, Reason, Refusal, Shared,
-    frame::NUMBERS,
+    End, Header, Outcome, Reason, Refusal, Role, Shared, TraceId, Traffic,
+    frame::{Frame, MAX_DATA, NUMBERS, Status},
     shared::{Commands, Event, Growth, Ticket, port},
 };
 
@@ -113,7 +113,7 @@ impl Lab<'_> {
 
     /// Runs until nothing moves any more. Whether the tunnel has come to its end.
     fn run(&mut self) -> bool {
-        let mut lost = self.settle();
+        let lost = self.settle();
         // What could be decided earlier, or later.
         for n in 0..self.connections.len() {
             let choice = self.choice();
@@ -123,8 +123,7 @@ impl Lab<'_> {
                 self.connections[n].task = None;
             }
         }
-        lost |= !lost && self.settle();
-        lost
+        lost || self.settle()
     }
 
     fn settle(&mut self) -> bool {
