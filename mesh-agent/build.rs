@@ -1,9 +1,17 @@
 //! Compiles the eBPF programs and leaves the object in `OUT_DIR`, where `bpf` embeds it.
 
-use std::{collections::HashMap, env, fs, path::PathBuf};
+use std::{
+    collections::HashMap,
+    env, fs,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context as _, Result, anyhow};
 use aya_build::{Package, Toolchain};
+use object::{
+    build::elf::{Builder, SectionData},
+    elf::SHT_STRTAB,
+};
 
 const TOOLCHAIN: &str = "target/ebpf-toolchain.env";
 
@@ -32,7 +40,27 @@ fn main() -> Result<()> {
         [Package { name: "mesh-ebpf", root_dir, ..Default::default() }],
         // A rustup proxy tells which toolchain it chose; its cargo serves, the compiler is another.
         Toolchain::Custom(env::var("RUSTUP_TOOLCHAIN").as_deref().unwrap_or("stable")),
-    )
+    )?;
+    strip(&PathBuf::from(env::var("OUT_DIR")?).join("mesh-ebpf"))
+}
+
+/// Takes out the debug information, of which the linker has made BTF. It is two thirds of the object,
+/// and the loader goes through all of it for each pod.
+fn strip(path: &Path) -> Result<()> {
+    let bytes = fs::read(path)?;
+    let mut object = Builder::read(&*bytes).context("reading the eBPF object")?;
+    for section in &mut object.sections {
+        let name = section.name.as_slice();
+        section.delete = name.starts_with(b".debug") || name.starts_with(b".rel.debug");
+    }
+    // The linker has one table for the names of sections and symbols.
+    let names = object.sections.add();
+    names.name = b".shstrtab".as_slice().into();
+    names.sh_type = SHT_STRTAB;
+    names.data = SectionData::SectionString;
+    let mut stripped = Vec::new();
+    object.write(&mut stripped).context("writing the eBPF object")?;
+    Ok(fs::write(path, stripped)?)
 }
 
 fn toolchain(path: PathBuf) -> Result<HashMap<String, String>> {
