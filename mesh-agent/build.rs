@@ -44,7 +44,7 @@ fn main() -> Result<()> {
     strip(&PathBuf::from(env::var("OUT_DIR")?).join("mesh-ebpf"))
 }
 
-/// Takes out the debug information, of which the linker has made BTF. It is two thirds of the object,
+/// Takes out the debug information, of which the linker has made BTF. It is five sixths of the object,
 /// and the loader goes through all of it for each pod.
 fn strip(path: &Path) -> Result<()> {
     let bytes = fs::read(path)?;
@@ -53,7 +53,7 @@ fn strip(path: &Path) -> Result<()> {
         let name = section.name.as_slice();
         section.delete = name.starts_with(b".debug") || name.starts_with(b".rel.debug");
     }
-    // The linker has one table for the names of sections and symbols.
+    // The linker has one table for the names of sections and of symbols, which `object` cannot write.
     let names = object.sections.add();
     names.name = b".shstrtab".as_slice().into();
     names.sh_type = SHT_STRTAB;
